@@ -1,0 +1,51 @@
+"""Write aside, then rename: no reader ever meets half a file."""
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from saesteer.errors import RunError
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` when the body succeeds.
+
+    The file is flushed to disk before the rename, so that a crash leaves either the old file or
+    the whole new one. When the body raises, the temporary file is removed and `path` is untouched.
+
+    Raises:
+        RunError: the folder cannot be written, or the disk is full.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        with aside.open("rb+") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        raise _run_error(path, error) from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, aside and renamed."""
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _run_error(path: Path, error: OSError) -> RunError:
+    if error.errno == errno.ENOSPC:
+        return RunError(
+            f"the disk is full: {path} was not written (what was already written is whole); "
+            "free some space and run the same command again, it goes on where it stopped"
+        )
+    return RunError(
+        f"cannot write {path}: {error.strerror or error}; choose a run folder that you can write to"
+    )
