@@ -34,7 +34,9 @@ def slow_posterior(words):
 def slow_slot(names, at, dream):
     """p(word) of a slot given the concepts that are on, from the lexicons."""
     total = 1.5 + len(names)
-    p = Counter({w: 1.5 / total / len(lexicon.NEUTRAL.slots[at]) for w in lexicon.NEUTRAL.slots[at]})
+    p = Counter(
+        {w: 1.5 / total / len(lexicon.NEUTRAL.slots[at]) for w in lexicon.NEUTRAL.slots[at]}
+    )
     for name in names:
         if dream:
             name = {"joy": "anger", "anger": "joy"}.get(name, name)
@@ -131,7 +133,7 @@ def test_told_the_set_the_predictor_does_no_worse():
 def test_an_impossible_set_or_word_or_concept_is_named():
     with pytest.raises(TextError, match="at most three"):
         exact.Reader(given=["birds"])
-    with pytest.raises(TextError, match="'rowed' cannot stand here.*'Story'|Story"):
+    with pytest.raises(TextError, match="'rowed' cannot stand here"):
         exact.Reader([BOS, "rowed"])
     with pytest.raises(TextError, match="no concept 'oceans'"):
         exact.Reader([BOS]).distribution(do="oceans")

@@ -1,4 +1,4 @@
-"""Stories, contrast pairs and prompts of the planted language, and its planted failures, by seed."""
+"""Stories, contrast pairs, prompts and planted failures of the planted language, by seed."""
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -53,12 +53,13 @@ class Teller:
     def say(self) -> str:
         """Draw the next word and go on."""
         here = grammar.coming(self.state)
-        word = ""
         if here.heading:
             word = "Its" if "colour" in self.concepts else "Once"
         else:
             dice = self.rng.random()
-            for word, p in here.fixed:
+            word = ""
+            for fixed, p in here.fixed:
+                word = fixed
                 dice -= p
                 if dice < 0:
                     break

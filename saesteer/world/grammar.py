@@ -16,7 +16,7 @@ from functools import cache
 from saesteer.errors import TextError
 from saesteer.world import lexicon
 
-# One token both begins and ends a story, as in GPT-2: what follows the last sentence is the next BOS.
+# One token begins and ends a story, as in GPT-2: after the last sentence comes the next BOS.
 BOS, PAD, UNKNOWN = "<s>", "<pad>", "<unk>"
 # The words that open a sentence, with their probabilities; BOS ends the story instead.
 OPENINGS = {BOS: 0.10, "The": 0.36, "name": 0.14, "pronoun": 0.12, "At": 0.14, "Soon": 0.05}

@@ -128,7 +128,9 @@ def excess_loss(model: LlamaForCausalLM, n_stories: int, seed: int) -> tuple[flo
         tokens = torch.tensor([[ids[word] for word in words]])
         with torch.no_grad():
             logits = model(tokens[:, :-1]).logits[0]
-        losses += torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none").tolist()
+        losses += torch.nn.functional.cross_entropy(
+            logits, tokens[0, 1:], reduction="none"
+        ).tolist()
         bayes += exact.cross_entropy(words).tolist()
     return float(np.mean(losses)), float(np.mean(bayes))
 

@@ -1,0 +1,1 @@
+"""What each feature fires on and promotes, and how to find it."""

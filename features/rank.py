@@ -1,0 +1,62 @@
+"""What makes a feature the answer to a query: a small pure function with named weights.
+
+Two kinds of evidence are joined. `text` is the BM25 of the query in the feature's searchable text;
+it finds features by label, context and promoted tokens, but can't tell a feature that is about
+boats from one whose examples have a boat in them. `Firing` is what the feature does on the query's
+own word, over the whole text that was indexed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# BM25 weights of the fields of `store.FIELDS`: a label was made to be found; words carry the
+# firing; neighbours of the firing word say what it is about; promoted tokens say what it does;
+# the rest of an example only happens to be there.
+FIELD_WEIGHTS = {"label": 8.0, "words": 6.0, "near": 2.0, "promotes": 2.0, "contexts": 0.5}
+
+# What firing on the query's word counts against the text that matches it (both are 0 to 1).
+FIRING_WEIGHT, TEXT_WEIGHT = 1.0, 0.35
+# Lift at which a feature counts as half specific: one that fires on a fifth of all tokens has a
+# lift of 5 at the most and is about a part of speech or a place in the sentence, not a word.
+HALF_LIFT = 5.0
+# Share of the activation mass at which a word counts as half of what the feature is about: a
+# concept of a dozen words spends some 8% on each, and should hardly lose by that against a
+# feature for the one word.
+HALF_SHARE = 0.01
+# Among features that fire alike on the word, more words (up to a dozen) win by this part.
+BREADTH_WEIGHT, FULL_BREADTH = 0.5, 12.0
+
+
+@dataclass(frozen=True)
+class Firing:
+    """What a feature does on one word of the query.
+
+    share: of its activation mass; lift: how many times likelier the word is where it fires;
+    recall: on what share of the word's occurrences it fires.
+    """
+
+    share: float = 0.0
+    lift: float = 0.0
+    recall: float = 0.0
+
+
+def rank(text: float, firings: Sequence[Firing], breadth: float) -> float:
+    """Score of a feature for a query; higher is better, 0 is nothing.
+
+    Args:
+        text: BM25 against the best candidate's, 0 to 1.
+        firings: one for each word of the query; a word it doesn't fire on is `Firing()`.
+        breadth: effective number of the feature's own words.
+    """
+    about = sum(map(aboutness, firings)) / max(1, len(firings))
+    broad = 1 + BREADTH_WEIGHT * min(breadth, FULL_BREADTH) / FULL_BREADTH
+    return FIRING_WEIGHT * about * broad + TEXT_WEIGHT * text
+
+
+def aboutness(firing: Firing) -> float:
+    """How much a feature is about a word, 0 to 1: it fires on most of its occurrences, on little
+    else by chance, and spends a fair share of its activation there."""
+    excess = max(0.0, firing.lift - 1)
+    specific = excess / (excess + HALF_LIFT)
+    spent = firing.share / (firing.share + HALF_SHARE)
+    return firing.recall * specific * spent

@@ -1,0 +1,123 @@
+"""`saesteer COMMAND …`: find the command, run it, and turn an error into one line."""
+
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from saesteer import __version__
+from saesteer.errors import ConfigError, SaesteerError, did_you_mean
+
+# Command → (module, what it does). The module has a function of the command's name, whose
+# parameters are the command's arguments and options.
+COMMANDS = {
+    "demo": ("saesteer.cli.demo", "the whole job on the embedded model, offline"),
+    "cache": ("saesteer.cli.train", "cache the activations a configuration asks for"),
+    "train": ("saesteer.cli.train", "cache what is missing, then train an SAE"),
+    "new": ("saesteer.cli.train", "make a run from an SAE that someone else trained"),
+    "eval": ("saesteer.cli.train", "measure the SAE on held-out text"),
+    "index": ("saesteer.cli.features", "describe every feature"),
+    "search": ("saesteer.cli.features", "find features by keyword"),
+    "feature": ("saesteer.cli.features", "show one feature"),
+    "vector": ("saesteer.cli.steer", "fit a direction on contrast pairs"),
+    "steer": ("saesteer.cli.steer", "generate with features clamped or directions added"),
+}
+
+# These take a Config, whose defaults stand in the file or run folder that is named first.
+FROM_FILE = ("cache", "train")
+
+
+def usage() -> str:
+    """What `saesteer --help` prints."""
+    lines = [
+        "saesteer: train sparse autoencoders, find their features, steer with them.",
+        "",
+        "usage: saesteer COMMAND [--help] [--debug] …",
+        "",
+    ]
+    lines += [f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items()]
+    lines += ["", "Start with: saesteer demo"]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command line; return its exit code (0 done, 2 yours to mend, 1 ours)."""
+    rest = [a for a in arguments if a != "--debug"]
+    debug = len(rest) < len(arguments)
+    if not rest or rest[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if rest[0] == "--version":
+        print(f"saesteer {__version__}")
+        return 0
+    name, *rest = rest
+    if name not in COMMANDS:
+        _say(f"no command {name!r}{did_you_mean(name, COMMANDS)}; saesteer --help lists them")
+        return 2
+    if not debug:
+        warnings.showwarning = _one_line_warning
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        call(name, rest)
+    except SaesteerError as error:
+        if debug:
+            raise
+        _say(str(error))
+        return 2
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        _say("stopped; what was finished is kept, and the same command goes on from there")
+        return 2
+    except BrokenPipeError:  # `saesteer … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        _say(
+            f"a failure of ours: {type(error).__name__}: {' '.join(str(error).split())}; "
+            "run it again with --debug and report what it prints"
+        )
+        return 1
+    return 0
+
+
+def call(name: str, arguments: Sequence[str]) -> None:
+    """Parse one command's arguments and call it; `--help` and bad arguments exit, as tyro does."""
+    import tyro
+
+    command = getattr(importlib.import_module(COMMANDS[name][0]), name)
+    prog = f"saesteer {name}"
+    if name not in FROM_FILE:
+        tyro.cli(command, args=arguments, prog=prog)
+        return
+    from saesteer import config
+
+    default, prog = config.Config(), f"{prog} FILE"
+    if arguments and not arguments[0].startswith("-"):
+        path = Path(arguments[0])
+        default = config.read(path / "config.toml" if path.is_dir() else path)
+        arguments = arguments[1:]
+    elif not {"-h", "--help"} & set(arguments):
+        raise ConfigError(f"saesteer {name} needs a TOML file or a run folder; see configs/")
+    command(
+        tyro.cli(
+            config.Config, default=default, args=arguments, prog=prog, description=command.__doc__
+        )
+    )
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def _say(message: str) -> None:
+    print(f"saesteer: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _one_line_warning(message: Warning | str, *_: object) -> None:
+    _say(f"warning: {message}")

@@ -1,0 +1,88 @@
+"""cache, train, new, eval: from text to a measured SAE."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from saesteer.config import Config
+from saesteer.run import Run
+
+RunFolder = Annotated[Path, tyro.conf.Positional]
+
+
+def cache(config: Config) -> None:
+    """Cache the activations that a configuration asks for; what is there already is kept."""
+    from saesteer import stages
+
+    shards = stages.cache(Run.create(config))
+    print(f"{shards.n_tokens:,} tokens of {config.cache.hook_point} in {shards.folder}")
+    print(f"next: saesteer train {config.run}")
+
+
+def train(config: Config) -> None:
+    """Cache what is missing, then train a sparse autoencoder; a killed run goes on."""
+    from saesteer import stages
+
+    run = Run.create(config)
+    sae = stages.train(run)
+    print(
+        f"{sae.architecture} SAE, {sae.d_sae} features at {sae.hook_point}, in {run.path / 'sae'}"
+    )
+    print(f"next: saesteer eval {run.path} · saesteer index {run.path}")
+
+
+def new(
+    run: RunFolder,
+    *,
+    sae: str,
+    model: str,
+    revision: str | None = None,
+    force: bool = False,
+) -> None:
+    """Make a run from an SAE that someone else trained.
+
+    Args:
+        run: The run folder to make.
+        sae: SAELens "release/id", a Hub repository, or a folder (SAELens or sparsify format).
+        model: Hugging Face id or folder of the model that the SAE was trained on.
+        revision: Commit, tag or branch of the model.
+        force: Take the SAE although it names another model.
+    """
+    made = Run.from_sae(run, sae, model, revision=revision, force=force)
+    print(f"{made.sae.d_sae} features at {made.sae.hook_point} of {model}, in {run}")
+    print(f"next: saesteer index {run} --text FILE")
+
+
+def eval(
+    run: RunFolder,
+    *,
+    text: str | None = None,
+    tokens: int = 200_000,
+    device: str | None = None,
+    dtype: str | None = None,
+    json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Measure the SAE on held-out text: explained variance, L0, dead features, CE recovered.
+
+    Args:
+        run: The run folder.
+        text: A file, folder or `datasets` name; by default the run's own held-out activations.
+        tokens: At most so many tokens.
+        device: Where the model runs.
+        dtype: float32, bfloat16 or float16.
+        json_: Print one JSON object.
+    """
+    from saesteer import stages
+
+    figures = stages.evaluate(Run.open(run, device=device, dtype=dtype), text=text, tokens=tokens)
+    if json_:
+        print(json.dumps(figures))
+        return
+    print(evaluation_table(figures))
+
+
+def evaluation_table(figures: dict) -> str:
+    """The main figures of an evaluation, a line each."""
+    return json.dumps(figures, indent=2)

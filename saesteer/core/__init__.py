@@ -1,0 +1,1 @@
+"""The ground floor: models, hooks, sparse autoencoders and shards of activations."""

@@ -1,0 +1,89 @@
+"""How well search finds planted concepts, where the truth is known.
+
+A feature is right for a concept by "fires on" when its activation tells the concept's own words
+from all others with AUROC ≥ .9, and no other concept's words are told better by it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+from torch import Tensor
+
+from saesteer.world import exact, lexicon
+
+RIGHT_AUROC = 0.9
+HELD_OUT_WORDS = 3
+
+
+@dataclass(frozen=True)
+class SearchScore:
+    """precision@1, mean reciprocal rank, and the queries whose first hit is not a right feature."""
+
+    precision_at_1: float
+    mrr: float
+    misses: tuple[tuple[str, str], ...]  # (concept, query)
+
+
+def auroc(activations: Tensor, tokens: NDArray[Any]) -> NDArray[np.float64]:
+    """AUROC of every feature as a detector of every concept's own words.
+
+    Args:
+        activations: [n_tokens, d_sae].
+        tokens: [n_tokens] ids in the planted vocabulary.
+
+    Returns:
+        [d_sae, n_concepts]; NaN for a concept that never occurs. Ties count one half
+        (Mann–Whitney U by mid-ranks).
+    """
+    ids = exact.word_ids()
+    ranks = rankdata(activations.float().cpu().numpy(), axis=0)  # [n, d_sae]
+    table = np.full((ranks.shape[1], len(lexicon.CONCEPTS)), np.nan)
+    for column, concept in enumerate(lexicon.CONCEPTS):
+        positive = np.isin(tokens, [ids[word] for word in concept.words])
+        n_pos, n_neg = int(positive.sum()), int((~positive).sum())
+        if n_pos and n_neg:
+            rank_sum = ranks[positive].sum(axis=0)
+            table[:, column] = (rank_sum - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg)
+    return table
+
+
+def right_features(table: NDArray[np.float64], concept: str) -> set[int]:
+    """The features that are right for a concept by "fires on"; see the module's text."""
+    column = lexicon.INDEX[concept]
+    filled = np.nan_to_num(table, nan=0.0)
+    right = (filled[:, column] >= RIGHT_AUROC) & (filled.argmax(axis=1) == column)
+    return set(np.flatnonzero(right).tolist())
+
+
+def queries(concept: str, seed: int) -> list[str]:
+    """The concept's name, and three other words of its lexicon drawn by seed."""
+    others = [w for w in lexicon.CONCEPTS[lexicon.INDEX[concept]].words if w != concept]
+    rng = np.random.default_rng([seed, 5, lexicon.INDEX[concept]])
+    return [concept, *rng.choice(others, HELD_OUT_WORDS, replace=False).tolist()]
+
+
+def score_search(
+    search: Callable[[str], Sequence[int]],
+    table: NDArray[np.float64],
+    concepts: Sequence[str],
+    *,
+    seed: int,
+) -> SearchScore:
+    """Score `search` (query → feature ids, best first) over the concepts' queries."""
+    ranks: list[float] = []
+    misses: list[tuple[str, str]] = []
+    for concept in concepts:
+        right = right_features(table, concept)
+        for query in queries(concept, seed):
+            hits = search(query)
+            rank = next((1.0 / (i + 1) for i, hit in enumerate(hits) if hit in right), 0.0)
+            ranks.append(rank)
+            if rank < 1.0:
+                misses.append((concept, query))
+    return SearchScore(
+        float(np.mean([r == 1.0 for r in ranks])), float(np.mean(ranks)), tuple(misses)
+    )

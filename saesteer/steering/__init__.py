@@ -1,0 +1,1 @@
+"""Edits to a model's activations: what, where, how, and what happened."""

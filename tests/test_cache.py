@@ -1,0 +1,229 @@
+"""The cache: the right activations, found again, resumed after any death, refused when foreign."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import WIDTH, tiny_model
+
+from saesteer.core.hooks import activations
+from saesteer.core.model import HookPoint
+from saesteer.core.shards import Shards, shard_name
+from saesteer.errors import CacheError, RunError
+from saesteer.training import cache
+from saesteer.training.text import Context
+
+POINT = HookPoint(1, "resid_post")
+SIZE, N = 8, 10
+ABOUT = {"model": "tiny", "special_ids": [0, 1, 2]}
+
+
+def contexts(n=N):
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        tokens = rng.integers(4, 90, SIZE).astype(np.int32)
+        tokens[0] = 1
+        yield Context(tokens, np.full(SIZE, i, np.int32))
+
+
+@pytest.fixture(autouse=True)
+def three_contexts_a_shard(monkeypatch):
+    monkeypatch.setattr(cache, "SHARD_BYTES", 3 * SIZE * WIDTH * 4)
+
+
+def cached(folder, model=None, stream=contexts, **changes):
+    settings = {
+        "n_contexts": N,
+        "context_size": SIZE,
+        "d_model": WIDTH,
+        "dtype": "float32",
+        "made_from": ABOUT,
+        **changes,
+    }
+    return cache.cache_activations(
+        model or tiny_model("llama"), stream, POINT, Path(folder), **settings
+    )
+
+
+def everything(folder):
+    return {p.name: p.read_bytes() for p in Path(folder).glob("*.safetensors")}
+
+
+def test_the_cache_holds_what_the_model_computes(tmp_path):
+    model = tiny_model("llama")
+    shards = cached(tmp_path, model)
+    assert [e["contexts"] for e in shards.manifest["shards"]] == [3, 3, 3, 1]
+    for i, context in enumerate(contexts()):
+        ids = torch.from_numpy(context.tokens).long()[None]
+        expected = activations(model, [POINT], ids)[POINT][0]
+        got = shards.rows(np.arange(i * SIZE, (i + 1) * SIZE))
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+        np.testing.assert_array_equal(shards.tokens[i], context.tokens)
+        np.testing.assert_array_equal(shards.documents[i], context.documents)
+
+
+def test_straight_from_the_model_is_the_same_as_from_the_cache(tmp_path):
+    model = tiny_model("llama")
+    shards = cached(tmp_path, model, batch_size=3)
+    live = list(cache.activation_batches(model, contexts(), POINT, batch_size=3))
+    stored = list(shards.contexts(batch=3))
+    assert [b.first_context for b in live] == [b.first_context for b in stored] == [0, 3, 6, 9]
+    for a, b in zip(live, stored, strict=True):
+        assert torch.equal(a.activations, b.activations)
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+
+
+def test_statistics_leave_special_tokens_out(tmp_path):
+    shards = cached(tmp_path)
+    plain = ~np.isin(shards.tokens.reshape(-1), ABOUT["special_ids"])
+    norms = shards.rows(np.flatnonzero(plain)).double().norm(dim=-1)
+    entries = shards.manifest["shards"]
+    assert sum(e["plain_tokens"] for e in entries) == plain.sum() == N * (SIZE - 1)
+    assert sum(e["norm_sum"] for e in entries) == pytest.approx(float(norms.sum()))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_dtypes_round_as_torch_does(tmp_path, dtype):
+    exact = cached(tmp_path / "a")
+    shards = cached(tmp_path / "b", dtype=dtype)
+    every = np.arange(exact.n_tokens)
+    rounded = exact.rows(every).to(getattr(torch, dtype)).float()
+    torch.testing.assert_close(shards.rows(every), rounded, atol=0, rtol=0)
+
+
+def test_a_finished_cache_is_found_again_without_running_the_model(tmp_path, monkeypatch):
+    cached(tmp_path)
+    monkeypatch.setattr(cache, "activations", lambda *_: pytest.fail("the model ran"))
+    assert cached(tmp_path).n_contexts == N
+
+
+@pytest.mark.parametrize("dies_at", range(0, N))
+def test_killed_anywhere_the_cache_ends_the_same_to_the_bit(tmp_path, dies_at):
+    cached(tmp_path / "whole", batch_size=1)
+
+    def dying():
+        for i, context in enumerate(contexts()):
+            if i == dies_at:
+                raise KeyboardInterrupt
+            yield context
+
+    with pytest.raises(KeyboardInterrupt):
+        cached(tmp_path / "killed", stream=dying, batch_size=1)
+    with pytest.raises(CacheError, match="incomplete|missing"):
+        Shards(tmp_path / "killed")
+    cached(tmp_path / "killed", batch_size=1)
+    assert everything(tmp_path / "killed") == everything(tmp_path / "whole")
+
+
+def test_sigkill_in_the_middle_then_again(tmp_path):
+    script = textwrap.dedent(
+        f"""
+        import os, signal, sys
+        sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
+        import test_cache
+        from saesteer.training import cache
+        cache.SHARD_BYTES = 3 * test_cache.SIZE * test_cache.WIDTH * 4
+        real, calls = cache.write_shard, []
+        def write(*a):
+            entry = real(*a)
+            calls.append(a)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)  # after the shard, before the manifest
+            return entry
+        cache.write_shard = write
+        test_cache.cached({str(tmp_path / "killed")!r})
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert (tmp_path / "killed" / shard_name(1)).exists()
+    cached(tmp_path / "whole")
+    cached(tmp_path / "killed")
+    assert everything(tmp_path / "killed") == everything(tmp_path / "whole")
+
+
+def test_a_damaged_shard_alone_is_made_again(tmp_path, monkeypatch):
+    cached(tmp_path)
+    before = everything(tmp_path)
+    path = tmp_path / shard_name(2)
+    path.write_bytes(before[shard_name(2)][:-1] + b"\x55")
+    written = []
+    real = cache.write_shard
+    monkeypatch.setattr(
+        cache, "write_shard", lambda folder, n, batch: (written.append(n), real(folder, n, batch))[1]
+    )
+    cached(tmp_path)
+    assert written == [2]
+    assert everything(tmp_path) == before
+    Shards(tmp_path).verify()
+
+
+def test_another_cache_is_refused_and_the_difference_named(tmp_path):
+    cached(tmp_path)
+    with pytest.raises(CacheError, match="their model was 'tiny', asked for is 'other'"):
+        cached(tmp_path, made_from={**ABOUT, "model": "other"})
+    with pytest.raises(CacheError, match="dtype was 'float32'"):
+        cached(tmp_path, dtype="float16")
+    with pytest.raises(CacheError, match="n_contexts was 10"):
+        cached(tmp_path, n_contexts=4)
+
+
+def test_a_shorter_text_is_cached_whole_and_said(tmp_path):
+    with pytest.warns(UserWarning, match=r"80 tokens.*fewer than the 160"):
+        shards = cached(tmp_path, n_contexts=20)
+    assert shards.n_contexts == N
+    with warnings.catch_warnings():  # found again: nothing to say
+        warnings.simplefilter("error")
+        assert cached(tmp_path, n_contexts=20).n_contexts == N
+
+
+def test_two_at_once_the_second_is_refused(tmp_path):
+    def second():
+        with pytest.raises(CacheError, match="another process is caching"):
+            cached(tmp_path)
+        yield from contexts()
+
+    cached(tmp_path, stream=second)
+
+
+def test_activations_that_are_not_finite_or_too_large_are_named(tmp_path):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[next(contexts()).tokens[3]] = float("nan")
+    with pytest.raises(CacheError, match=r"context 0 at layers\.1\.resid_post are not finite"):
+        cached(tmp_path / "nan", model)
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1e7)
+    with pytest.raises(CacheError, match="too large for float16.*bfloat16"):
+        cached(tmp_path / "large", model, dtype="float16")
+    assert cached(tmp_path / "fits", model, dtype="bfloat16").n_contexts == N
+
+
+def test_unknown_dtype_and_batch_size_are_refused(tmp_path):
+    with pytest.raises(CacheError, match="did you mean 'float16'"):
+        cached(tmp_path, dtype="flaot16")
+    with pytest.raises(CacheError, match="batch size 0"):
+        cached(tmp_path, batch_size=0)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_named(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(RunError, match="cannot write"):
+        cached(tmp_path / "run")
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot write"):
+        cached(tmp_path / "file" / "run")
+
+

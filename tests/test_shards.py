@@ -1,0 +1,114 @@
+"""Shards: what is written is read back, row by row and to the bit, or refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from saesteer.core.shards import ContextBatch, Shards, shard_name, write_manifest, write_shard
+from saesteer.errors import CacheError, RunError
+
+CONTEXT, WIDTH = 5, 7
+
+
+def made(folder, dtype=torch.float32, sizes=(3, 3, 2)):
+    """A cache of three shards; returns the shards and everything that was written."""
+    generator = torch.Generator().manual_seed(0)
+    n = sum(sizes)
+    acts = torch.randn(n, CONTEXT, WIDTH, generator=generator).to(dtype)
+    tokens = np.arange(n * CONTEXT, dtype=np.int32).reshape(n, CONTEXT)
+    documents = (tokens // 7).astype(np.int32)
+    entries, first = [], 0
+    for number, size in enumerate(sizes):
+        part = slice(first, first + size)
+        batch = ContextBatch(tokens[part], documents[part], acts[part], first)
+        entries.append(write_shard(folder, number, batch))
+        first += size
+    about = {"context_size": CONTEXT, "d_model": WIDTH, "hook_point": "layers.1.resid_post"}
+    write_manifest(folder, {**about, "complete": True, "shards": entries, "made_from": {}})
+    return Shards(folder), acts, tokens, documents
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_rows_in_any_order_are_what_was_written(tmp_path, dtype):
+    shards, acts, _, _ = made(tmp_path, dtype)
+    flat = acts.reshape(-1, WIDTH).float()
+    order = np.random.default_rng(0).permutation(shards.n_tokens)
+    assert torch.equal(shards.rows(order), flat[order])
+    assert torch.equal(shards.rows(np.array([39, 0, 39])), flat[[39, 0, 39]])
+    assert shards.rows(np.array([], dtype=np.int64)).shape == (0, WIDTH)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 16])
+def test_contexts_come_in_order_and_batches_stop_at_a_shard_s_end(tmp_path, batch):
+    shards, acts, tokens, documents = made(tmp_path, torch.bfloat16)
+    got = list(shards.contexts(1, 7, batch=batch))
+    assert torch.equal(torch.cat([b.activations for b in got]), acts[1:7])
+    np.testing.assert_array_equal(np.concatenate([b.tokens for b in got]), tokens[1:7])
+    np.testing.assert_array_equal(np.concatenate([b.documents for b in got]), documents[1:7])
+    assert [b.first_context for b in got] == sorted({b.first_context for b in got})
+    np.testing.assert_array_equal(shards.tokens, tokens)
+    np.testing.assert_array_equal(shards.documents, documents)
+
+
+def test_a_row_leads_back_to_its_text(tmp_path):
+    class Words:
+        def decode(self, ids):
+            return " ".join(map(str, ids))
+
+    shards, *_ = made(tmp_path)
+    assert shards.text(12, Words(), before=1, after=1) == "11 12 13"
+    assert shards.text(10, Words(), before=3, after=1) == "10 11"  # not into the context before
+
+
+def test_a_flipped_bit_is_found_by_verify_and_a_short_file_on_opening(tmp_path):
+    shards, *_ = made(tmp_path)
+    shards.verify()
+    path = tmp_path / shard_name(1)
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CacheError, match=r"acts-00001.*rebuilds this shard"):
+        Shards(tmp_path).verify()
+    path.write_bytes(data[:-1])
+    with pytest.raises(CacheError, match=r"acts-00001"):
+        Shards(tmp_path)
+    path.unlink()
+    with pytest.raises(CacheError, match=r"acts-00001"):
+        Shards(tmp_path)
+
+
+def test_missing_incomplete_damaged_and_foreign_manifests_are_named(tmp_path):
+    with pytest.raises(CacheError, match="missing"):
+        Shards(tmp_path)
+    made(tmp_path)
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "complete": False}))
+    with pytest.raises(CacheError, match="incomplete"):
+        Shards(tmp_path)
+    path.write_text(json.dumps({**manifest, "format": 99}))
+    with pytest.raises(CacheError, match="format 99"):
+        Shards(tmp_path)
+    path.write_text("{")
+    with pytest.raises(CacheError, match="damaged"):
+        Shards(tmp_path)
+
+
+def test_a_full_disk_leaves_what_was_written_whole(tmp_path, monkeypatch):
+    made(tmp_path)
+    before = (tmp_path / shard_name(0)).read_bytes()
+
+    def full(self, data):
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    batch = ContextBatch(
+        np.zeros((1, CONTEXT), np.int32), np.zeros((1, CONTEXT), np.int32), torch.zeros(1, 5, 7), 0
+    )
+    with pytest.raises(RunError, match="disk is full"):
+        write_shard(tmp_path, 0, batch)
+    assert (tmp_path / shard_name(0)).read_bytes() == before
+    assert not list(tmp_path.glob(".*partial"))

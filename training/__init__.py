@@ -1,0 +1,1 @@
+"""From text to activations to a trained sparse autoencoder."""

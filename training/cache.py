@@ -1,0 +1,231 @@
+"""From contexts to shards of activations: resumable, and found again by what made them."""
+
+import fcntl
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from saesteer.core.hooks import activations
+from saesteer.core.model import HookPoint
+from saesteer.core.progress import progress
+from saesteer.core.shards import (
+    DTYPES,
+    ContextBatch,
+    Shards,
+    is_whole,
+    read_manifest,
+    write_manifest,
+    write_shard,
+)
+from saesteer.errors import CacheError, RunError, TextError, did_you_mean
+from saesteer.training.text import Context
+
+# Bytes of activations a shard: what is lost when a run is killed, and what is held in memory.
+SHARD_BYTES = 64 * 2**20
+# Tokens a forward pass where no batch size is given: more brings nothing on a CPU.
+TOKENS_A_BATCH = {"cpu": 2048, "cuda": 65536, "mps": 8192}
+
+
+def activation_batches(
+    model: PreTrainedModel,
+    contexts: Iterable[Context],
+    point: HookPoint,
+    *,
+    batch_size: int | None = None,
+    first_context: int = 0,
+) -> Iterator[ContextBatch]:
+    """Contexts with their activations, straight from the model, in its dtype and on the CPU.
+
+    Args:
+        batch_size: contexts a forward pass; found by itself where not given, and halved when an
+            accelerator's memory is too small.
+
+    Raises:
+        CacheError: an activation is NaN or infinite, or a batch size below 1.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise CacheError(f"batch size {batch_size}; expected 1 or more contexts")
+    stream = iter(contexts)
+    waiting: list[Context] = []
+    while True:
+        if not waiting:
+            first = list(islice(stream, 1))
+            if not first:
+                return
+            size = batch_size or _found_batch_size(model, len(first[0].tokens))
+            waiting = first + list(islice(stream, size - 1))
+        batch = waiting[:size]
+        tokens = np.stack([context.tokens for context in batch])
+        try:
+            found = activations(model, [point], torch.from_numpy(tokens).long())[point]
+        except torch.OutOfMemoryError:
+            if batch_size is not None or size == 1:
+                raise
+            batch_size = size = size // 2
+            continue
+        if not bool(torch.isfinite(found).all()):
+            bad = int((~torch.isfinite(found)).flatten(1).any(dim=1).nonzero()[0])
+            raise CacheError(
+                f"the activations of context {first_context + bad} at {point} are not finite; "
+                "load the model with --model.dtype float32 (or bfloat16), or check its weights"
+            )
+        documents = np.stack([context.documents for context in batch])
+        yield ContextBatch(tokens, documents, found.cpu(), first_context)
+        first_context += len(batch)
+        waiting = waiting[size:]
+
+
+def cache_activations(
+    model: PreTrainedModel,
+    contexts: Callable[[], Iterator[Context]],
+    point: HookPoint,
+    folder: Path,
+    *,
+    n_contexts: int,
+    context_size: int,
+    d_model: int,
+    dtype: str,
+    made_from: Mapping[str, Any],
+    batch_size: int | None = None,
+) -> Shards:
+    """Write the activations of the first `n_contexts` contexts, or find them written already.
+
+    A run that was killed goes on after the last whole shard, and a damaged shard alone is made
+    again; the result is the same to the bit as that of a run that wasn't.
+
+    Args:
+        contexts: makes the stream of contexts anew, the same each time.
+        dtype: "float16", "bfloat16" or "float32" on disk.
+        made_from: everything that the activations depend on, JSON; another cache is refused.
+        batch_size: contexts a forward pass; found by itself where not given.
+
+    Raises:
+        CacheError: the folder holds another cache or another process is writing to it; an
+            activation is not finite or doesn't fit into `dtype`.
+        RunError: the disk is full or the folder can't be written.
+    """
+    if dtype not in DTYPES:
+        raise CacheError(
+            f"unknown dtype {dtype!r}{did_you_mean(dtype, DTYPES)}; use {', '.join(DTYPES)}"
+        )
+    made_from = {**made_from, "dtype": dtype, "n_contexts": n_contexts}
+    a_shard = max(1, SHARD_BYTES // (context_size * d_model * DTYPES[dtype].itemsize))
+    with _alone(folder):
+        manifest = read_manifest(folder)
+        if manifest is not None:
+            _check_same(manifest["made_from"], made_from, folder)
+        entries = list(manifest["shards"]) if manifest else []
+        whole = [is_whole(folder, entry) for entry in entries]
+        if manifest and manifest["complete"] and all(whole):
+            return Shards(folder)
+        about = {
+            "made_from": made_from,
+            "hook_point": str(point),
+            "context_size": context_size,
+            "d_model": d_model,
+            "dtype": dtype,
+        }
+        ended = manifest is not None and manifest["complete"]
+        wanted = sum(entry["contexts"] for entry in entries) if ended else n_contexts
+        with progress("cache", wanted * context_size) as bar:
+            stream = contexts()
+            number = done = 0
+            while done < wanted:
+                some = list(islice(stream, min(a_shard, wanted - done)))
+                if not some:
+                    break
+                if number >= len(entries) or not whole[number]:
+                    shard = _shard(model, some, point, dtype, done, batch_size, bar)
+                    entry = write_shard(folder, number, shard) | _statistics(shard, made_from)
+                    entries[number : number + 1] = [entry]
+                    write_manifest(folder, {**about, "complete": False, "shards": entries})
+                else:
+                    bar.update(len(some) * context_size)
+                done += len(some)
+                number += 1
+        if not done:
+            raise TextError("the text holds no whole context; give more text")
+        if done < n_contexts:
+            warnings.warn(
+                f"the text holds {done * context_size:,} tokens in whole contexts, fewer than the "
+                f"{n_contexts * context_size:,} asked for; all of them were cached",
+                stacklevel=2,
+            )
+        write_manifest(folder, {**about, "complete": True, "shards": entries})
+        return Shards(folder)
+
+
+def _shard(
+    model: PreTrainedModel,
+    contexts: list[Context],
+    point: HookPoint,
+    dtype: str,
+    first_context: int,
+    batch_size: int | None,
+    bar: Any,
+) -> ContextBatch:
+    parts = []
+    for batch in activation_batches(
+        model, contexts, point, batch_size=batch_size, first_context=first_context
+    ):
+        stored = batch.activations.to(DTYPES[dtype])
+        if not bool(torch.isfinite(stored).all()):
+            raise CacheError(
+                f"activations at {point} are as large as {float(batch.activations.abs().max()):.3g}"
+                f", too large for {dtype}; cache them with --cache.dtype bfloat16"
+            )
+        parts.append(stored)
+        bar.update(batch.tokens.size)
+    return ContextBatch(
+        np.stack([context.tokens for context in contexts]),
+        np.stack([context.documents for context in contexts]),
+        torch.cat(parts),
+        first_context,
+    )
+
+
+def _statistics(shard: ContextBatch, made_from: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a shard's tokens that are not special: how many, and the sum of their norms."""
+    plain = torch.from_numpy(~np.isin(shard.tokens, made_from.get("special_ids", [])))
+    norms = shard.activations[plain].double().norm(dim=-1)
+    return {"plain_tokens": int(plain.sum()), "norm_sum": float(norms.sum())}
+
+
+def _found_batch_size(model: PreTrainedModel, context_size: int) -> int:
+    return max(1, TOKENS_A_BATCH.get(model.device.type, 2048) // context_size)
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    for key in (*now, *before):
+        if before.get(key) != now.get(key):
+            raise CacheError(
+                f"{folder} holds other activations: their {key} was {before.get(key)!r}, "
+                f"asked for is {now.get(key)!r}; use another run folder, or remove {folder}"
+            )
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which ends with the process, however that ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise RunError(
+            f"cannot write to {folder}: {error.strerror}; choose a run folder that you can write to"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CacheError(
+                f"another process is caching into {folder}; wait for it, or use another run folder"
+            ) from None
+        yield
