@@ -24,7 +24,9 @@ _CANDIDATES = 200
 _TERMS, _LETTERS = 16, 64
 # With fewer hits than asked for, words that begin with the query's (of this length) count too.
 _PREFIX = 3
-_STRENGTH = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*(x?)\s*", re.IGNORECASE)
+_STRENGTH = re.compile(
+    r"\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[-+]?[0-9]+)?)\s*(x?)\s*", re.IGNORECASE
+)
 _COLUMNS = "id, label, confidence, density, mean_act, max_act, n_fired, breadth"
 
 

@@ -156,7 +156,7 @@ def _write(
     for entry in entries:
         feature = entry.feature
         _write_feature(connection, feature, words)
-        fields = [entry.texts.get(field, "") for field in FIELDS]
+        fields = [_storable(entry.texts.get(field, "")) for field in FIELDS]
         connection.execute(
             f"INSERT INTO texts (rowid, {', '.join(FIELDS)}) VALUES (?, ?, ?, ?, ?, ?)",
             (feature.id, *fields),
@@ -179,7 +179,16 @@ def _write(
 def _write_feature(connection: sqlite3.Connection, f: Feature, words: dict[str, int]) -> None:
     connection.execute(
         "INSERT INTO features VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        (f.id, f.label, f.confidence, f.density, f.mean_act, f.max_act, f.n_fired, f.breadth),
+        (
+            f.id,
+            _storable(f.label),
+            f.confidence,
+            f.density,
+            f.mean_act,
+            f.max_act,
+            f.n_fired,
+            f.breadth,
+        ),
     )
     data = {
         "tokens": [list(asdict(token).values()) for token in f.tokens],
@@ -190,11 +199,18 @@ def _write_feature(connection: sqlite3.Connection, f: Feature, words: dict[str, 
     }
     packed = zlib.compress(json.dumps(data, ensure_ascii=False).encode("utf-8", "replace"), 6)
     connection.execute("INSERT INTO evidence VALUES (?, ?)", (f.id, packed))
-    by_word = {words.setdefault(word.text.casefold(), len(words) + 1): word for word in f.words}
+    by_word = {
+        words.setdefault(_storable(word.text.casefold()), len(words) + 1): word for word in f.words
+    }
     connection.executemany(
         "INSERT INTO fires VALUES (?, ?, ?, ?, ?)",
         ((i, f.id, w.share, w.lift, w.recall(f.density)) for i, w in by_word.items()),
     )
+
+
+def _storable(text: str) -> str:
+    """Without what SQLite can't hold as text: lone surrogates read '?'."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def unpacked(row: tuple[Any, ...], data: bytes | None) -> Feature:

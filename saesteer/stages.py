@@ -10,7 +10,8 @@ from saesteer.core.files import write_json
 from saesteer.core.model import HookPoint, fingerprint
 from saesteer.core.sae import Sae
 from saesteer.core.shards import ContextBatch, Shards
-from saesteer.directions import Direction, mean_difference, read_pairs
+from saesteer.directions import Direction, mean_difference
+from saesteer.directions.pairs import read_pairs
 from saesteer.errors import CacheError, ConfigError
 from saesteer.features.build import build_index
 from saesteer.features.search import Index

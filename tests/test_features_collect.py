@@ -85,9 +85,7 @@ def test_numbers_equal_those_of_a_dense_code() -> None:
     np.testing.assert_allclose(found.density, (codes > 0)[counted].mean(0))
     mean = codes.sum((0, 1)) / np.maximum(1, (codes > 0).sum((0, 1)))
     np.testing.assert_allclose(found.mean_act, mean, rtol=1e-6)
-    np.testing.assert_array_equal(
-        found.token_counts, np.bincount(tokens[counted], minlength=VOCAB)
-    )
+    np.testing.assert_array_equal(found.token_counts, np.bincount(tokens[counted], minlength=VOCAB))
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -152,10 +150,8 @@ def test_merge_is_associative_and_equals_one_pass(
 ) -> None:
     sae, batches = an_sae(seed), some_batches(30, seed=seed)
     parts = [batches[: cuts[0]], batches[cuts[0] : cuts[1]], batches[cuts[1] :]]
-    window = dict(top_contexts=4, before=2, after=2)
-    empty = Statistics.empty(
-        D_SAE, VOCAB, top_contexts=4, window=module.Window(before=2, after=2)
-    )
+    window = {"top_contexts": 4, "before": 2, "after": 2}
+    empty = Statistics.empty(D_SAE, VOCAB, top_contexts=4, window=module.Window(before=2, after=2))
     a, b, c = (collected(part, sae, **window) if part else empty for part in parts)
     merged = a.merge(b).merge(c) if left_first else a.merge(b.merge(c))
     whole = collected(batches, sae, **window)
@@ -209,7 +205,9 @@ def test_pruning_keeps_the_heaviest_and_bounds_memory(monkeypatch: pytest.Monkey
         assert len(total.keys) <= 300
         assert (np.diff(total.keys) > 0).all()
     order, rank = total.heaviest_first()
-    np.testing.assert_array_equal(total.keys[order[rank == 0]], np.arange(10) * vocab + np.arange(10))
+    np.testing.assert_array_equal(
+        total.keys[order[rank == 0]], np.arange(10) * vocab + np.arange(10)
+    )
     assert total.counts[order[rank == 0]].sum() >= 0.45 * 20 * 400
 
 

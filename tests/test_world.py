@@ -19,19 +19,19 @@ def slow_posterior(words):
     for word in words[1:]:
         here = grammar.coming(state)
         if here.slot and word not in [w for w, _ in here.fixed]:
-            evidence.append((lexicon.SLOTS.index(here.slot), here.dream, word))
+            evidence.append((lexicon.SLOTS.index(here.slot), here.dream, here.theme, word))
         state = grammar.step(state, word)
     members, prior = exact.sets()
     weights = []
     for row, p in zip(members, prior, strict=True):
         names = [c.name for c, on in zip(exact.HIDDEN, row, strict=True) if on]
-        for at, dream, word in evidence:
-            p *= slow_slot(names, at, dream).get(word, 0.0)
+        for at, dream, theme, word in evidence:
+            p *= slow_slot(names, at, dream, theme).get(word, 0.0)
         weights.append(p)
     return np.array(weights) / np.sum(weights)
 
 
-def slow_slot(names, at, dream):
+def slow_slot(names, at, dream, theme):
     """p(word) of a slot given the concepts that are on, from the lexicons."""
     total = 1.5 + len(names)
     p = Counter(
@@ -43,6 +43,10 @@ def slow_slot(names, at, dream):
         words = lexicon.CONCEPTS[lexicon.INDEX[name]].slots[at]
         for word in words:
             p[word] += 1 / total / len(words)
+    if theme:
+        p = Counter({word: share / 2 for word, share in p.items()})
+        words = lexicon.CONCEPTS[lexicon.INDEX[theme]].slots[at]
+        p.update({word: 0.5 / len(words) for word in words})
     return p
 
 
@@ -92,7 +96,9 @@ def test_p_star_is_the_sum_over_all_hidden_sets(story):
             expected = np.zeros(len(grammar.vocabulary()))
             for row, weight in zip(exact.sets()[0], posterior, strict=True):
                 names = {c.name for c, on in zip(exact.HIDDEN, row, strict=True) if on}
-                for word, p in slow_slot(names | ({do} if do else set()), at, here.dream).items():
+                for word, p in slow_slot(
+                    names | ({do} if do else set()), at, here.dream, here.theme
+                ).items():
                     expected[exact.word_ids()[word]] += weight * p
             np.testing.assert_allclose(reader.distribution(do), expected, atol=1e-12)
 

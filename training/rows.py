@@ -19,7 +19,7 @@ class Rows(Protocol):
 
 
 def first_held_out(contexts: int, held_out: float) -> int:
-    """The first of the last `held_out` (a fraction) of the contexts; one at least is on each side."""
+    """The first context held out, of the last `held_out` (a fraction); one at least is."""
     return min(contexts - 1, max(1, contexts - math.ceil(contexts * held_out)))
 
 
@@ -53,7 +53,7 @@ def split_rows(
 def batches(
     rows: np.ndarray, batch_size: int, seed: int, start: int, stop: int
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Steps start … stop - 1 with their rows: an epoch's last rows short of a batch are left out."""
+    """Steps start … stop - 1 with their rows; an epoch ends where no whole batch is left."""
     in_epoch = len(rows) // batch_size
     epoch = -1
     order = np.empty(0, dtype=np.int64)

@@ -414,7 +414,9 @@ def _cut(
         n_read += len(part[0])
         if n_waiting < body:
             continue
-        tokens, owners, is_separator = (np.concatenate(arrays) for arrays in zip(*waiting))  # noqa: B905
+        tokens, owners, is_separator = (
+            np.concatenate(arrays) for arrays in zip(*waiting, strict=True)
+        )
         at = 0
         while at < len(tokens):
             start = at + (1 if bos is not None and is_separator[at] else 0)

@@ -1,8 +1,9 @@
 """cache, train, new, eval: from text to a measured SAE."""
 
 import json
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -83,6 +84,29 @@ def eval(
     print(evaluation_table(figures))
 
 
-def evaluation_table(figures: dict) -> str:
-    """The main figures of an evaluation, a line each."""
-    return json.dumps(figures, indent=2)
+def evaluation_table(figures: dict[str, Any]) -> str:
+    """The main figures of an evaluation, a line each, and the histogram of densities."""
+
+    def share(value: float | None) -> str:
+        return "– (the ablation does no harm)" if value is None else f"{value:.4f}"
+
+    lines = [
+        f"on {figures['tokens']:,} tokens that were not trained on",
+        f"  explained variance   {figures['explained_variance']:.4f}  (FVU {figures['fvu']:.4f})",
+        f"  L0                   {figures['l0']:.2f}",
+        f"  dead features        {figures['dead_fraction']:.2%}",
+        f"  CE recovered         {share(figures['ce_recovered'])}  against zero ablation",
+        f"                       {share(figures['ce_recovered_mean'])}  against mean ablation",
+        f"  CE, nats a token     clean {figures['ce_clean']:.4f}, reconstructed "
+        f"{figures['ce_reconstructed']:.4f},",
+        f"                       zero {figures['ce_zero']:.4f}, mean {figures['ce_mean']:.4f}",
+        "  features by density (the share of tokens that they fire on)",
+    ]
+    histogram = figures["density_histogram"]
+    edges, counts = histogram["log10_edges"], histogram["counts"]
+    most = max([*counts, 1])
+    for low, high, count in zip(edges, edges[1:], counts, strict=False):
+        if count:
+            bar = "█" * math.ceil(40 * count / most)
+            lines.append(f"    {10**low:8.2%} – {10**high:7.2%}  {count:>7,}  {bar}")
+    return "\n".join(lines)

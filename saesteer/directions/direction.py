@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from saesteer.core.files import written_aside
@@ -53,7 +53,7 @@ class Direction:
         }
         tensors = {"vector": self.vector.detach().to("cpu", torch.float32).contiguous()}
         with written_aside(Path(path)) as aside:
-            save_file(tensors, aside, {"format": _FORMAT, "direction": json.dumps(facts)})
+            aside.write_bytes(save(tensors, {"format": _FORMAT, "direction": json.dumps(facts)}))
 
     @classmethod
     def load(

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from saesteer.core.hooks import activations
 from saesteer.core.progress import progress
 from saesteer.core.sae import Sae
-from saesteer.directions import Pair, mean_difference
+from saesteer.directions import mean_difference
+from saesteer.directions.pairs import Pair
 from saesteer.effects import planted_score, planted_search
 from saesteer.effects.planted_score import ConceptScore
 from saesteer.effects.planted_search import SearchScore

@@ -98,7 +98,9 @@ class Teller:
         at = lexicon.SLOTS.index(here.slot)
         pick = self.rng.random() * (exact.NEUTRAL_WEIGHT + len(self._sources))
         source = lexicon.NEUTRAL
-        if pick >= exact.NEUTRAL_WEIGHT:
+        if here.theme and self.rng.random() < grammar.STAYS:
+            source = lexicon.CONCEPTS[lexicon.INDEX[here.theme]]
+        elif pick >= exact.NEUTRAL_WEIGHT:
             source = self._sources[int(pick - exact.NEUTRAL_WEIGHT)]
             if here.dream and source.name in lexicon.FLIPS:
                 source = lexicon.CONCEPTS[lexicon.INDEX[lexicon.FLIPS[source.name]]]
@@ -214,6 +216,8 @@ def prompts(concept: str, n: int, seed: int, *, dream: bool = False) -> list[Pro
             shown = sum(word in own for word in teller.words[len(before) :])
             if told >= TWIN_SENTENCES and shown >= TWIN_WORDS:
                 break
+        else:
+            continue  # the concept hardly spoke: draw another story
         found.append(Prompt(concept, (BOS, *before, *opened), (BOS, *teller.words, *opened)))
     return found
 

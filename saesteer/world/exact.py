@@ -2,7 +2,8 @@
 
 A story's hidden set S holds at most three concepts. Given S, a content slot draws a neutral word
 with weight 1.5 or one of the concepts with weight 1 each, and then a word of that lexicon for the
-slot, evenly. So the posterior over S follows from the visible words by enumerating every set, and
+slot, evenly; except that, half of the time, it stays with the concept whose word came last in the
+sentence, which is visible. So the posterior over S follows from the visible words by enumerating every set, and
 
     p*(w)        = sum over S of  P(S | visible) · p(w | S)
     p*_do(c)(w)  = sum over S of  P(S | visible) · p(w | S ∪ {c})
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from saesteer.errors import TextError
 from saesteer.world import grammar, lexicon
-from saesteer.world.grammar import BOS, State
+from saesteer.world.grammar import BOS, STAYS, State
 
 Array = NDArray[np.float64]
 
@@ -146,7 +147,11 @@ class Reader:
         self.state = grammar.step(self.state, word)
         if here.slot and not fixed:
             by_lexicon = _slot_table(here.slot, here.dream)[:, word_ids()[word]]
-            posterior = self.posterior * (_mixture(None) @ by_lexicon)
+            likelihood = _mixture(None) @ by_lexicon
+            if here.theme:
+                stays = _slot_table(here.slot, False)[COLUMN[here.theme], word_ids()[word]]
+                likelihood = STAYS * stays + (1 - STAYS) * likelihood
+            posterior = self.posterior * likelihood
             self.posterior = posterior / posterior.sum()
 
     def distribution(self, do: str | None = None) -> Array:
@@ -167,8 +172,11 @@ class Reader:
             probabilities[word_ids()[word]] += p
         if here.slot:
             mixture = _mixture(do if do in COLUMN else None)
-            by_lexicon = self.posterior @ mixture
-            probabilities += here.slot_share * (by_lexicon @ _slot_table(here.slot, here.dream))
+            content = (self.posterior @ mixture) @ _slot_table(here.slot, here.dream)
+            if here.theme:
+                stays = _slot_table(here.slot, False)[COLUMN[here.theme]]
+                content = STAYS * stays + (1 - STAYS) * content
+            probabilities += here.slot_share * content
         return probabilities
 
 

@@ -21,6 +21,7 @@ BOS, PAD, UNKNOWN = "<s>", "<pad>", "<unk>"
 # The words that open a sentence, with their probabilities; BOS ends the story instead.
 OPENINGS = {BOS: 0.10, "The": 0.36, "name": 0.14, "pronoun": 0.12, "At": 0.14, "Soon": 0.05}
 OPENINGS["In"] = 1.0 - sum(OPENINGS.values())
+STAYS = 0.5  # how often a sentence stays with the concept of its last content word
 COPULA_SHARE = 0.25  # how often "was"/"were" and an adjective follow a subject, not a verb
 
 
@@ -34,18 +35,21 @@ class State:
     dream: bool = False
     plural: bool = False
     opening: str = ""
+    theme: str = ""  # the concept whose word came last in this sentence
 
 
 @dataclass(frozen=True)
 class Next:
     """What may come: fixed words with probabilities, and a slot with what is left of 1.
 
+    `theme` is the concept whose word came last in the sentence: with `STAYS` the slot stays with it.
     `heading` marks the one place where the read-only concept, and no other, decides the word.
     """
 
     fixed: tuple[tuple[str, float], ...] = ()
     slot: str = ""
     dream: bool = False
+    theme: str = ""
     heading: bool = False
 
     @property
@@ -116,13 +120,13 @@ def coming(state: State) -> Next:
         return Next(fixed=tuple((own.get(word, word), p) for word, p in OPENINGS.items()))
     if place == "after subject":
         copula = "were" if state.plural else "was"
-        return Next(fixed=((copula, COPULA_SHARE),), slot="verb", dream=state.dream)
+        return Next(fixed=((copula, COPULA_SHARE),), slot="verb", dream=state.dream, theme=state.theme)
     if place == "after object":
         if state.opening in ("At", "In"):
             return _only(".")
         return _only("near" if state.opening == "The" else "in")
     if place in ("subject", "verb", "object", "place", "adjective", "at place"):
-        return Next(slot=place.removeprefix("at "), dream=state.dream)
+        return Next(slot=place.removeprefix("at "), dream=state.dream, theme=state.theme)
     raise AssertionError(place)
 
 
@@ -144,6 +148,8 @@ def step(state: State, word: str) -> State:
         )
     if place in _FIXED:
         return replace(state, place=_FIXED[place][1])
+    if here.slot and word not in fixed:
+        state = replace(state, theme=concept_of().get(word, state.theme))
     match place:
         case "letter":
             return replace(state, place="letter end")
@@ -187,7 +193,13 @@ def _opened(state: State, word: str) -> State:
         return State()
     places = {"The": "subject", "At": "at the", "Soon": "soon it", "In": "a dream"}
     place = places.get(word, "verb")  # after the name or the pronoun
-    return replace(state, place=place, dream=word == "In", opening=word, plural=False)
+    return replace(state, place=place, dream=word == "In", opening=word, plural=False, theme="")
+
+
+@cache
+def concept_of() -> dict[str, str]:
+    """The concept of every word that belongs to one."""
+    return {word: concept.name for concept in lexicon.CONCEPTS for word in concept.words}
 
 
 @cache

@@ -21,6 +21,7 @@ from saesteer.world import MODEL_FOLDER, corpus, exact
 from saesteer.world.grammar import BOS, PAD, UNKNOWN
 
 CONTEXT = 128
+EMBEDDING_STD = 1.0
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -48,7 +49,7 @@ def untrained(seed: int, *, layers: int = 4, d_model: int = 64) -> LlamaForCausa
     """The model before training."""
     torch.manual_seed(seed)
     ids = exact.word_ids()
-    return LlamaForCausalLM(
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(ids),
             hidden_size=d_model,
@@ -63,6 +64,9 @@ def untrained(seed: int, *, layers: int = 4, d_model: int = 64) -> LlamaForCausa
             tie_word_embeddings=False,
         )
     )
+    # At transformers' 0.02 the blocks' writes would drown what a word is under where it stands.
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_STD)
+    return model
 
 
 def stream(n_stories: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -95,7 +99,7 @@ def train(
     rng = np.random.default_rng([seed, 9])
     model = untrained(seed, layers=layers, d_model=d_model)
     optimiser = torch.optim.AdamW(
-        model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+        model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.1, fused=True
     )
     warm = steps // 20 + 1
     bar = tqdm(desc="training", total=steps * batch * CONTEXT, unit="tok", unit_scale=True)

@@ -1,0 +1,235 @@
+"""A run from end to end: trained, or made from someone else's SAE; names filled in; misuse named."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from tiny import WIDTH, tiny_model, tiny_tokenizer
+
+import saesteer
+from saesteer import stages
+from saesteer.core.hooks import activations
+from saesteer.core.model import HookPoint
+from saesteer.core.sae import Sae
+from saesteer.errors import (
+    CacheError,
+    ConfigError,
+    FeatureError,
+    HookPointError,
+    IndexingError,
+    RunError,
+    SaeError,
+    SteeringError,
+    TextError,
+)
+from saesteer.run import Run
+from saesteer.world import corpus
+
+PROMPT = "Story A. Once there was a girl named"
+
+
+@pytest.fixture
+def opened(small_run):
+    return Run.open(small_run.path)
+
+
+@pytest.fixture
+def fired(opened):
+    """A feature that fires often."""
+    return max(range(opened.index.n_features), key=opened.index.max_act)
+
+
+@pytest.fixture(scope="module")
+def borrowed(tmp_path_factory):
+    """Folders of a tiny model and of an SAE "trained" on it by someone else, and some text."""
+    folder = tmp_path_factory.mktemp("borrowed")
+    tiny_model("gpt2").save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    generator = torch.Generator().manual_seed(0)
+    w_enc = torch.randn(WIDTH, 64, generator=generator)
+    sae = Sae(
+        W_enc=w_enc,
+        b_enc=torch.zeros(64),
+        W_dec=torch.nn.functional.normalize(w_enc.T.contiguous(), dim=1),
+        b_dec=torch.zeros(WIDTH),
+        architecture="topk",
+        k=4,
+        hook_point=HookPoint(1, "resid_post"),
+        model_id=str(folder / "model"),
+        context_size=16,
+    )
+    sae.save(folder / "sae")
+    words = "the boy saw a ship and the old dog heard the rain in the house ."
+    (folder / "text.txt").write_text("<|endoftext|>".join([words] * 40))
+    return folder
+
+
+def test_a_trained_run_leaves_what_the_house_says(small_run):
+    names = {p.name for p in small_run.path.iterdir()}
+    assert {
+        "config.toml",
+        "activations",
+        "sae",
+        "checkpoints",
+        "metrics.jsonl",
+        "features.sqlite",
+    } <= names
+    assert not list(small_run.path.rglob("*.partial"))
+    for line in (small_run.path / "metrics.jsonl").read_text().splitlines():
+        assert {"step", "loss", "l0"} <= json.loads(line).keys()
+
+
+def test_evaluation_is_kept_and_sensible(opened):
+    figures = stages.evaluate(opened)
+    assert json.loads((opened.path / "evaluation.json").read_text()) == figures
+    assert 0.5 < figures["explained_variance"] < 1
+    assert figures["l0"] == pytest.approx(8, abs=0.5)
+    assert figures["ce_clean"] < figures["ce_reconstructed"] < figures["ce_zero"]
+
+
+def test_a_steer_by_name_is_the_clamp_that_it_says(opened, fired):
+    max_act = opened.index.max_act(fired)
+    ids = torch.tensor([opened.tokenizer(PROMPT)["input_ids"]])
+    with opened.steer(clamp={fired: "2x"}) as receipt:
+        steered = opened.model(ids).logits
+    clamp = saesteer.Clamp(opened.sae, fired, 2 * max_act)
+    with saesteer.steer(opened.model, [clamp], tokenizer=opened.tokenizer):
+        assert torch.equal(opened.model(ids).logits, steered)
+    x = activations(opened.model, [opened.hook_point], ids)[opened.hook_point]
+    before = opened.sae.activation(x, [fired])[0, :, 0]
+    assert receipt.edits[0].before_mean == pytest.approx(float(before.mean()), abs=1e-5)
+    assert receipt.edits[0].after_mean == pytest.approx(2 * max_act, rel=1e-4)
+
+
+def test_an_add_by_name_adds_the_decoder_row(opened, fired):
+    ids = torch.tensor([opened.tokenizer(PROMPT)["input_ids"]])
+    with opened.steer(add={fired: 3.5}):
+        steered = opened.model(ids).logits
+    add = saesteer.Add(opened.sae.W_dec[fired], 3.5, opened.hook_point)
+    with saesteer.steer(opened.model, [add], tokenizer=opened.tokenizer):
+        torch.testing.assert_close(opened.model(ids).logits, steered)
+
+
+def test_generation_is_seeded_and_the_model_is_left_as_it_was(opened, fired):
+    baseline = opened.generate(PROMPT, seed=3)
+    with opened.steer(clamp={fired: "8x"}):
+        steered = opened.generate(PROMPT, seed=3)
+    assert steered != baseline
+    assert opened.generate(PROMPT, seed=3) == baseline
+    assert opened.generate([PROMPT, PROMPT], seed=[3, 3]) == [baseline, baseline]
+
+
+def test_a_vector_is_fitted_kept_and_used(opened, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    rows = corpus.pairs("sea", 32, seed=0)
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    direction, path = stages.fit_vector(opened, pairs, name="sea")
+    assert path == opened.path / "steers" / "sea.safetensors"
+    assert direction.n_pairs == 32
+    assert torch.equal(Run.open(opened.path).load_vector("sea").vector, direction.vector)
+    with opened.steer(vector={"sea": "1.5x"}) as receipt:
+        opened.generate(PROMPT, max_new_tokens=4)
+    assert receipt.edits[0].n_edited > 0
+    with pytest.raises(RunError, match="no vector 'see'; it has sea"):
+        opened.load_vector("see")
+    with pytest.raises(RunError, match="is not a name"):
+        stages.fit_vector(opened, pairs, name="../sea")
+
+
+def test_a_run_from_someone_else_s_sae_indexes_searches_steers_and_evaluates(borrowed, tmp_path):
+    run = Run.from_sae(tmp_path / "run", str(borrowed / "sae"), str(borrowed / "model"))
+    text = str(borrowed / "text.txt")
+    assert not (tmp_path / "run" / "activations").exists()
+    with pytest.raises(IndexingError, match="saesteer index"):
+        run.edits(clamp={3: "8x"})
+    with pytest.raises(CacheError, match="--text FILE"):
+        stages.index(run)
+    index = stages.index(run, text=text, tokens=400)
+    assert index.n_features == 64
+    hits = Run.open(tmp_path / "run").search("ship")
+    assert hits
+    with run.steer(clamp={hits[0].id: "4x"}) as receipt:
+        run.generate("the boy saw", max_new_tokens=5)
+    assert receipt.edits[0].n_edited > 0
+    assert stages.evaluate(run, text=text, tokens=320)["l0"] == pytest.approx(4)
+    with pytest.raises(RunError, match="is a run already"):
+        Run.from_sae(tmp_path / "run", str(borrowed / "sae"), str(borrowed / "model"))
+
+
+def test_a_wrong_model_never_loads_silently(borrowed, tmp_path):
+    with pytest.raises(SaeError, match="trained on"):
+        Run.from_sae(tmp_path / "a", str(borrowed / "sae"), "planted")
+    assert not (tmp_path / "a").exists()
+    other = tmp_path / "other"
+    tiny_model("gpt2", seed=1).save_pretrained(other)
+    tiny_tokenizer().save_pretrained(other)
+    with pytest.raises(SaeError, match="trained on"):
+        Run.from_sae(tmp_path / "b", str(borrowed / "sae"), str(other))
+    forced = Run.from_sae(tmp_path / "b", str(borrowed / "sae"), str(other), force=True)
+    assert Run.open(tmp_path / "b").sae.hash == forced.sae.hash
+
+
+def test_weights_that_changed_under_a_run_are_refused(small_config, small_run, tmp_path):
+    """The same model id with other weights: the SAE and the cache both know their model."""
+    other = tmp_path / "model"
+    small_run.tokenizer.save_pretrained(other)
+    model = small_run.model.__class__(small_run.model.config)
+    model.save_pretrained(other)
+    swapped = dataclasses.replace(small_config, model=dataclasses.replace(small_config.model))
+    run = Run(small_run.path, swapped)
+    run.config = dataclasses.replace(
+        swapped, model=dataclasses.replace(swapped.model, id=str(other))
+    )
+    with pytest.raises(SaeError, match="trained on other weights"):
+        _ = run.sae
+    with pytest.raises(CacheError, match="holds other activations: their model"):
+        stages.cache(run)
+
+
+def test_an_index_of_another_sae_is_not_used_for_strengths(small_run, opened, fired):
+    opened.index.meta["sae_hash"] = "another"
+    with pytest.raises(IndexingError, match="made for another SAE"):
+        opened.edits(clamp={fired: "8x"})
+
+
+def test_misuse_is_named(small_config, opened, tmp_path):
+    with pytest.raises(RunError, match="no run at"):
+        Run.open(tmp_path / "none")
+    with pytest.raises(ConfigError, match="lacks text.source"):
+        Run.create(saesteer_config(small_config, tmp_path, text={"source": ""}))
+    with pytest.raises(HookPointError, match="9"):
+        stages.cache(
+            Run.create(
+                saesteer_config(small_config, tmp_path, cache={"hook_point": "layers.9.resid_post"})
+            )
+        )
+    with pytest.raises(ConfigError, match="does not fit into the model's 256 positions"):
+        stages.cache(
+            Run.create(saesteer_config(small_config, tmp_path, cache={"context_size": 300}))
+        )
+    with pytest.raises(FeatureError, match="128"):
+        opened.edits(clamp={128: 1.0})
+    with pytest.raises(FeatureError, match="12y"):
+        opened.edits(clamp={1: "12y"})
+    with pytest.raises(SteeringError), opened.steer():
+        pass
+
+
+def test_a_text_shorter_than_a_context_and_no_text_are_named(small_config, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("Story A. Once there was a girl.")
+    for source, message in ((str(short), "context"), (str(tmp_path / "no.txt"), r"no\.txt")):
+        made = Run.create(saesteer_config(small_config, tmp_path, text={"source": source}))
+        with pytest.raises(TextError, match=message):
+            stages.cache(made)
+        with pytest.raises(CacheError):
+            _ = made.shards
+
+
+def saesteer_config(base, folder, **changes):
+    """`base` for a run folder of its own, with some keys changed."""
+    tables = {
+        name: dataclasses.replace(getattr(base, name), **values) for name, values in changes.items()
+    }
+    return dataclasses.replace(base, run=str(folder / "run"), **tables)
