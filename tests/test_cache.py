@@ -104,7 +104,7 @@ def test_a_finished_cache_is_found_again_without_running_the_model(tmp_path, mon
     assert cached(tmp_path).n_contexts == N
 
 
-@pytest.mark.parametrize("dies_at", range(0, N))
+@pytest.mark.parametrize("dies_at", range(N))
 def test_killed_anywhere_the_cache_ends_the_same_to_the_bit(tmp_path, dies_at):
     cached(tmp_path / "whole", batch_size=1)
 
@@ -116,7 +116,7 @@ def test_killed_anywhere_the_cache_ends_the_same_to_the_bit(tmp_path, dies_at):
 
     with pytest.raises(KeyboardInterrupt):
         cached(tmp_path / "killed", stream=dying, batch_size=1)
-    with pytest.raises(CacheError, match="incomplete|missing"):
+    with pytest.raises(CacheError, match=r"incomplete|missing"):
         Shards(tmp_path / "killed")
     cached(tmp_path / "killed", batch_size=1)
     assert everything(tmp_path / "killed") == everything(tmp_path / "whole")
@@ -157,7 +157,7 @@ def test_a_damaged_shard_alone_is_made_again(tmp_path, monkeypatch):
     written = []
     real = cache.write_shard
     monkeypatch.setattr(
-        cache, "write_shard", lambda folder, n, batch: (written.append(n), real(folder, n, batch))[1]
+        cache, "write_shard", lambda *args: (written.append(args[1]), real(*args))[1]
     )
     cached(tmp_path)
     assert written == [2]
@@ -202,7 +202,7 @@ def test_activations_that_are_not_finite_or_too_large_are_named(tmp_path):
     model = tiny_model("llama")
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(1e7)
-    with pytest.raises(CacheError, match="too large for float16.*bfloat16"):
+    with pytest.raises(CacheError, match=r"too large for float16.*bfloat16"):
         cached(tmp_path / "large", model, dtype="float16")
     assert cached(tmp_path / "fits", model, dtype="bfloat16").n_contexts == N
 
@@ -225,5 +225,3 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot write"):
         cached(tmp_path / "file" / "run")
-
-

@@ -19,7 +19,9 @@ def pair():
 def test_a_row_alone_is_the_same_as_in_a_batch(pair, temperature):
     how = {"max_new_tokens": 12, "temperature": temperature}
     together = generate(*pair, PROMPTS, seed=[5, 6, 7], **how)
-    alone = [generate(*pair, [p], seed=s, **how)[0] for p, s in zip(PROMPTS, [5, 6, 7])]
+    alone = [
+        generate(*pair, [p], seed=s, **how)[0] for p, s in zip(PROMPTS, [5, 6, 7], strict=True)
+    ]
     assert together == alone
     assert all(text.startswith(p) for text, p in zip(together, PROMPTS, strict=True))
 

@@ -1,4 +1,4 @@
-"""A run from end to end: trained, or made from someone else's SAE; names filled in; misuse named."""
+"""A run from end to end: trained, or made from an SAE of someone else; misuse is named."""
 
 import dataclasses
 import json
@@ -196,7 +196,7 @@ def test_an_index_of_another_sae_is_not_used_for_strengths(small_run, opened, fi
 def test_misuse_is_named(small_config, opened, tmp_path):
     with pytest.raises(RunError, match="no run at"):
         Run.open(tmp_path / "none")
-    with pytest.raises(ConfigError, match="lacks text.source"):
+    with pytest.raises(ConfigError, match=r"lacks text\.source"):
         Run.create(saesteer_config(small_config, tmp_path, text={"source": ""}))
     with pytest.raises(HookPointError, match="9"):
         stages.cache(

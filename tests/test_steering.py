@@ -12,10 +12,13 @@ from transformers import PreTrainedModel
 from saesteer.core.hooks import activations, capture
 from saesteer.core.model import HookPoint
 from saesteer.core.sae import Sae
+from saesteer.core.tokens import Tokens
 from saesteer.errors import FeatureError, HookPointError, NothingSteeredError, SteeringError
-from saesteer.steering.edits import Add, Clamp
+from saesteer.steering.edits import Add, Clamp, Edit
 from saesteer.steering.engine import steer
 from saesteer.steering.positions import Positions
+from saesteer.steering.program import compile_point
+from saesteer.steering.receipt import Record
 from tests.test_hooks import BoomError, unchanged
 from tests.tiny import BOS, EOS, PAD, UNK, WIDTH, random_ids, tiny_model, tiny_sae, tiny_tokenizer
 
@@ -337,6 +340,35 @@ def test_no_ops_are_bit_identical(kind: str, make: Callable[[Sae], list[Any]]) -
         logits = model(ids).logits
         with steer(model, make(sae)):
             assert torch.equal(model(ids).logits, logits)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        Add(vector(), 0.0, MIDDLE),
+        Clamp(tiny_sae(), 5, 1.0, "scale"),
+        Clamp(tiny_sae("topk"), 5, 1e6, "max"),
+    ],
+    ids=str,
+)
+def test_no_ops_keep_even_the_sign_of_zero(edit: Edit) -> None:
+    """−0 + 0 is +0, which torch.equal does not see."""
+    tokens = Tokens(
+        shape=torch.Size((1, 3)),
+        device=torch.device("cpu"),
+        input_ids=random_ids(1, 3),  # type: ignore[arg-type]
+        past_length=0,
+        prompt_length=None,
+        forward_index=0,
+        prompt_index=0,
+        first_new=0,
+        mask=None,
+        special_ids=torch.tensor([BOS]),
+    )
+    x = torch.stack([vector(i) for i in range(3)])[None]
+    x[..., ::2] = -0.0
+    run = compile_point([(edit, Record("it"))], lambda t, where: where.mask(t), tokens.device)
+    assert torch.equal(run(x, tokens).view(torch.int32), x.view(torch.int32))
 
 
 def test_a_clamp_leaves_tokens_where_it_does_not_bind_as_they_are_to_the_bit() -> None:

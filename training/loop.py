@@ -65,7 +65,8 @@ def fit(
         architecture: a name in `ARCHITECTURES`; k: latents a token.
         identity: the arguments of `Sae` that say where it belongs (hook_point, model_id,
             model_fingerprint, prepend_bos, context_size, notes).
-        lr: peak learning rate of Adam; by default 2e-4 · √(2^14 / d_sae) (Gao et al. 2024, A.3).
+        lr: peak learning rate of Adam; by default 2.5 / √(d · d_sae): the fall with d_sae is that
+            of Gao et al. 2024, A.3, the factor was the best measured on a 3M model's stream.
         warm_up_steps: linear rise from 0; by default 5% of the steps, 1000 at most.
         decay: fraction of the steps at the end in which the rate falls linearly to 0.
         b_dec_init: "mean" or "geometric_median" of the training rows.
@@ -79,7 +80,9 @@ def fit(
         TrainingError: bad settings, a checkpoint made with others, NaN or infinity on the way.
     """
     plan = _checked(architecture, d_sae, k, steps, batch_size, b_dec_init, decay, len(train_rows))
-    lr = 2e-4 * math.sqrt(2**14 / d_sae) if lr is None else lr
+    sample = shards.rows(spread(train_rows, _SAMPLE)).to(device)
+    _check_finite(sample, "before the first step")
+    lr = 2.5 / math.sqrt(sample.shape[1] * d_sae) if lr is None else lr
     warm_up_steps = min(1000, steps // 20) if warm_up_steps is None else warm_up_steps
     if dead_after_tokens is None:
         dead_after_tokens = min(10_000_000, steps * batch_size // 20)
@@ -101,8 +104,6 @@ def fit(
         "rows": hashlib.sha256(np.ascontiguousarray(train_rows).tobytes()).hexdigest()[:16],
     }
     found = latest_checkpoint(checkpoints, settings) if checkpoints else None
-    sample = shards.rows(spread(train_rows, _SAMPLE)).to(device)
-    _check_finite(sample, "before the first step")
     mean_norm = float(sample.norm(dim=-1).mean())
     if not mean_norm > 0:
         raise TrainingError("every activation is zero; check the hook point and the cache")

@@ -56,27 +56,27 @@ def main(arguments: Sequence[str]) -> int:
     if name not in COMMANDS:
         _say(f"no command {name!r}{did_you_mean(name, COMMANDS)}; saesteer --help lists them")
         return 2
-    if not debug:
-        warnings.showwarning = _one_line_warning
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
+    if debug:
         call(name, rest)
+        return 0
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        with warnings.catch_warnings():
+            # Ours are UserWarnings; those that libraries give their developers are not for users.
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = _one_line_warning
+            call(name, rest)
     except SaesteerError as error:
-        if debug:
-            raise
         _say(str(error))
         return 2
     except KeyboardInterrupt:
-        if debug:
-            raise
         _say("stopped; what was finished is kept, and the same command goes on from there")
         return 2
     except BrokenPipeError:  # `saesteer … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if debug:
-            raise
         _say(
             f"a failure of ours: {type(error).__name__}: {' '.join(str(error).split())}; "
             "run it again with --debug and report what it prints"

@@ -4,7 +4,7 @@ import errno
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ def written_aside(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise _run_error(path, error) from error
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # where it could not be made, it cannot be removed either
+            aside.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from saesteer.core.clock import SteeringWarning
 from saesteer.core.hooks import edit as edit_activations
-from saesteer.core.model import HookPoint, d_model, site_module, special_token_ids
+from saesteer.core.model import HookPoint, d_model, decoder_layers, site_module, special_token_ids
 from saesteer.core.tokens import Tokens
 from saesteer.errors import NothingSteeredError, SteeringError
 from saesteer.steering.edits import Add, Clamp, Edit, place
@@ -60,7 +60,7 @@ def steer(
         by_point.setdefault(place(edit), []).append((edit, record))
     changes = {}
     for point, here in by_point.items():
-        device = next(site_module(model, point)[0].parameters()).device
+        device = next(decoder_layers(model)[point.layer].parameters()).device
         changes[point] = compile_point(here, masks, device)
     special = special_token_ids(model, tokenizer)
     with edit_activations(

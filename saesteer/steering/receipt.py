@@ -22,8 +22,9 @@ _PENDING = 64
 
 @dataclass(frozen=True)
 class EditReceipt:
-    """What one edit did, over all forward passes of its context. Rows are those of each prompt.
+    """What one edit did, over all forward passes of its context.
 
+    Rows are those that passed through the model: beams and return sequences are rows of their own.
     Means and maxima are over the edited positions, each counted once (also where `generate` runs
     without a cache and computes them again); None where there were none.
     """

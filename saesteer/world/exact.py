@@ -3,7 +3,8 @@
 A story's hidden set S holds at most three concepts. Given S, a content slot draws a neutral word
 with weight 1.5 or one of the concepts with weight 1 each, and then a word of that lexicon for the
 slot, evenly; except that, half of the time, it stays with the concept whose word came last in the
-sentence, which is visible. So the posterior over S follows from the visible words by enumerating every set, and
+sentence, which is visible. So the posterior over S follows from the visible words by enumerating
+every set, and
 
     p*(w)        = sum over S of  P(S | visible) · p(w | S)
     p*_do(c)(w)  = sum over S of  P(S | visible) · p(w | S ∪ {c})

@@ -42,7 +42,7 @@ class State:
 class Next:
     """What may come: fixed words with probabilities, and a slot with what is left of 1.
 
-    `theme` is the concept whose word came last in the sentence: with `STAYS` the slot stays with it.
+    `theme` is the concept whose word came last in the sentence; the slot may stay with it.
     `heading` marks the one place where the read-only concept, and no other, decides the word.
     """
 
@@ -120,7 +120,8 @@ def coming(state: State) -> Next:
         return Next(fixed=tuple((own.get(word, word), p) for word, p in OPENINGS.items()))
     if place == "after subject":
         copula = "were" if state.plural else "was"
-        return Next(fixed=((copula, COPULA_SHARE),), slot="verb", dream=state.dream, theme=state.theme)
+        fixed = ((copula, COPULA_SHARE),)
+        return Next(fixed=fixed, slot="verb", dream=state.dream, theme=state.theme)
     if place == "after object":
         if state.opening in ("At", "In"):
             return _only(".")
