@@ -92,8 +92,8 @@ def entries(
         for i, (density, mean_act, max_act, n_fired) in enumerate(columns):
             examples = _examples(statistics, i, pieces)
             own = [
-                TokenStat(id_, text, *numbers)
-                for (id_, *numbers), text in zip(
+                TokenStat(id_, text, share, count, lift, base)
+                for (id_, share, count, lift, base), text in zip(
                     tokens[i], pieces.texts(t[0] for t in tokens[i]), strict=True
                 )
             ]
@@ -108,6 +108,7 @@ def entries(
                 max_act,
                 n_fired,
                 _rounded(labels.breadth(words)),
+                _rounded(labels.company(words, examples)),
                 tokens=tuple(own),
                 words=tuple(words),
                 promotes=_logits(lens and (lens.promoted[i], lens.promoted_logits[i]), pieces),

@@ -220,7 +220,7 @@ def _worked_in(
             counts,
             window.before,
             np.bincount(block.features, minlength=d_sae),
-            np.bincount(block.features, block.values, minlength=d_sae),
+            np.bincount(block.features, block.values, minlength=d_sae).astype(np.float64),
             Examples.of(block, n=n, window=window, d_sae=d_sae, floor=total.examples.values[:, -1]),
             TokenTally.of(
                 block.features,

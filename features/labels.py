@@ -58,19 +58,22 @@ def words_of(
     own examples, else in all windows seen. A word's lift and recall are those of its tokens,
     weighted alike.
     """
-    seen: dict[int, Counter[str]] = defaultdict(Counter)
+    seen: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for example in examples:
         pieces = example.pieces
         for i, activation in enumerate(example.activations):
             if activation > 0:
                 seen[example.tokens[i]][word_at(pieces, i)] += activation
-    spelled: dict[str, Counter[str]] = defaultdict(Counter)
-    share: Counter[str] = Counter()
-    fires: Counter[str] = Counter()
-    base: Counter[str] = Counter()
+    spelled: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    share: dict[str, float] = defaultdict(float)
+    fires: dict[str, float] = defaultdict(float)
+    base: dict[str, float] = defaultdict(float)
     for token in tokens:
-        parts = seen.get(token.id) or completions.words.get(token.id)
-        parts = parts or Counter({token.text.strip() or token.text: 1.0})
+        parts: Mapping[str, float] = (
+            seen.get(token.id)
+            or completions.words.get(token.id)
+            or {token.text.strip() or token.text: 1.0}
+        )
         total = sum(parts.values())
         for word, weight in parts.items():
             part = weight / total
@@ -81,9 +84,9 @@ def words_of(
             fires[key] += part * token.lift * token.base
             base[key] += part * token.base
     words = []
-    for key, mass in share.most_common():
+    for key, mass in sorted(share.items(), key=lambda item: -item[1]):
         lift = fires[key] / base[key] if base[key] else 0.0
-        name = spelled[key].most_common(1)[0][0]
+        name = max(spelled[key], key=spelled[key].__getitem__)
         words.append(WordStat(name, mass, lift, base[key]))
     return words
 
@@ -100,6 +103,20 @@ def breadth(words: Sequence[WordStat]) -> float:
     if total <= 0:
         return 0.0
     return math.exp(-sum(s / total * math.log(s / total) for s in own if s > 0))
+
+
+def company(words: Sequence[WordStat], examples: Sequence[Example]) -> float:
+    """How many different own words a feature fires on within one example, on average.
+
+    About 1 for a feature of one word, and for one whose words have nothing to do with each other;
+    more where they belong to one topic and so turn up together.
+    """
+    own = {word.text.casefold() for word in words if word.lift >= _OWN_LIFT}
+    found = [
+        {word_at(x.pieces, i).casefold() for i, a in enumerate(x.activations) if a > 0} & own
+        for x in examples
+    ]
+    return sum(map(len, found)) / max(1, len(found))
 
 
 def label(words: Sequence[WordStat], examples: Sequence[Example]) -> tuple[str, float]:

@@ -6,6 +6,7 @@ Nothing here imports torch, transformers or numpy.
 import math
 import re
 import sqlite3
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ _PREFIX = 3
 _STRENGTH = re.compile(
     r"\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[-+]?[0-9]+)?)\s*(x?)\s*", re.IGNORECASE
 )
-_COLUMNS = "id, label, confidence, density, mean_act, max_act, n_fired, breadth"
+_COLUMNS = "id, label, confidence, density, mean_act, max_act, n_fired, breadth, company"
 
 
 @dataclass(frozen=True)
@@ -191,14 +192,14 @@ class Index:
                     named[feature].append(word)
         texts = self._texts(terms)
         ids = list(dict.fromkeys([*firings, *texts]))
-        breadths = self._breadths(ids)
+        spread = self._spread(ids)
         best = max(texts.values(), default=0.0) or 1.0
         return {
             i: (
                 rank(
                     texts.get(i, 0.0) / best,
                     firings.get(i, [Firing()] * len(terms)),
-                    breadths.get(i, 0.0),
+                    *spread.get(i, (0.0, 0.0)),
                 ),
                 firings.get(i, []),
                 named.get(i, []),
@@ -216,16 +217,16 @@ class Index:
         )
         return dict(rows)
 
-    def _breadths(self, ids: list[int]) -> dict[int, float]:
-        found: dict[int, float] = {}
+    def _spread(self, ids: list[int]) -> dict[int, tuple[float, float]]:
+        """Breadth and company of some features."""
+        found: dict[int, tuple[float, float]] = {}
         for start in range(0, len(ids), 500):
             part = ids[start : start + 500]
             marks = ", ".join("?" * len(part))
-            found |= dict(
-                self._connection.execute(
-                    f"SELECT id, breadth FROM features WHERE id IN ({marks})", part
-                )
+            rows = self._connection.execute(
+                f"SELECT id, breadth, company FROM features WHERE id IN ({marks})", part
             )
+            found |= {i: (breadth, company) for i, breadth, company in rows}
         return found
 
     def _hit(self, feature: int, score: float, firings: list[Firing], words: list[str]) -> Hit:
@@ -246,7 +247,7 @@ class Index:
     def _reading(self) -> Iterator[None]:
         try:
             yield
-        except (sqlite3.Error, ValueError, KeyError, TypeError, store.zlib.error) as error:
+        except (sqlite3.Error, ValueError, KeyError, TypeError, zlib.error) as error:
             raise IndexingError(
                 f"{self.path} is damaged ({error}); make it again with `saesteer index`"
             ) from error

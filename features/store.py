@@ -14,7 +14,7 @@ import json
 import sqlite3
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -80,7 +80,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Feature:
-    """All that is known of a feature. promotes, suppresses: (token text, logit)."""
+    """All that is known of a feature.
+
+    confidence: of the label, 0 to 1; density: share of tokens on which it fires; mean_act: where it
+    fires; breadth: effective number of its own words; company: how many of them fire within one
+    example; promotes, suppresses: (token text, logit).
+    """
 
     id: int
     label: str
@@ -90,6 +95,7 @@ class Feature:
     max_act: float
     n_fired: int
     breadth: float
+    company: float
     tokens: tuple[TokenStat, ...] = ()
     words: tuple[WordStat, ...] = ()
     promotes: tuple[tuple[str, float], ...] = ()
@@ -141,7 +147,7 @@ def _write(
         CREATE TABLE features (
             id INTEGER PRIMARY KEY, label TEXT NOT NULL, confidence REAL NOT NULL,
             density REAL NOT NULL, mean_act REAL NOT NULL, max_act REAL NOT NULL,
-            n_fired INTEGER NOT NULL, breadth REAL NOT NULL);
+            n_fired INTEGER NOT NULL, breadth REAL NOT NULL, company REAL NOT NULL);
         CREATE TABLE evidence (id INTEGER PRIMARY KEY, data BLOB NOT NULL);
         CREATE VIRTUAL TABLE words USING fts5(text, tokenize = '{_TOKENIZER}');
         CREATE TABLE fires (
@@ -178,7 +184,7 @@ def _write(
 
 def _write_feature(connection: sqlite3.Connection, f: Feature, words: dict[str, int]) -> None:
     connection.execute(
-        "INSERT INTO features VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO features VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             f.id,
             _storable(f.label),
@@ -188,14 +194,15 @@ def _write_feature(connection: sqlite3.Connection, f: Feature, words: dict[str, 
             f.max_act,
             f.n_fired,
             f.breadth,
+            f.company,
         ),
     )
     data = {
-        "tokens": [list(asdict(token).values()) for token in f.tokens],
-        "words": [list(asdict(word).values()) for word in f.words],
+        "tokens": [list(vars(token).values()) for token in f.tokens],
+        "words": [list(vars(word).values()) for word in f.words],
         "promotes": f.promotes,
         "suppresses": f.suppresses,
-        "examples": [list(asdict(example).values()) for example in f.examples],
+        "examples": [list(vars(example).values()) for example in f.examples],
     }
     packed = zlib.compress(json.dumps(data, ensure_ascii=False).encode("utf-8", "replace"), 6)
     connection.execute("INSERT INTO evidence VALUES (?, ?)", (f.id, packed))
@@ -218,15 +225,15 @@ def unpacked(row: tuple[Any, ...], data: bytes | None) -> Feature:
     if data is None:
         return Feature(*row)
     parts = json.loads(zlib.decompress(data))
-    return Feature(
-        *row,
+    return replace(
+        Feature(*row),
         tokens=tuple(TokenStat(*token) for token in parts["tokens"]),
         words=tuple(WordStat(*word) for word in parts["words"]),
         promotes=tuple((text, logit) for text, logit in parts["promotes"]),
         suppresses=tuple((text, logit) for text, logit in parts["suppresses"]),
         examples=tuple(
-            Example(*(tuple(v) if isinstance(v, list) else v for v in example))
-            for example in parts["examples"]
+            Example(value, context, position, document, firing, tuple(t), tuple(p), tuple(a))
+            for value, context, position, document, firing, t, p, a in parts["examples"]
         ),
     )
 

@@ -62,8 +62,9 @@ class Run:
                 f"`saesteer train FILE.toml` or `saesteer new {path} --sae … --model …`"
             )
         config = configuration.read(path / "config.toml")
-        given = {k: v for k, v in (("device", device), ("dtype", dtype)) if v is not None}
-        model = dataclasses.replace(config.model, **given)
+        model = dataclasses.replace(
+            config.model, device=device or config.model.device, dtype=dtype or config.model.dtype
+        )
         return cls(path, dataclasses.replace(config, model=model))
 
     @classmethod

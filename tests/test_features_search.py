@@ -45,6 +45,7 @@ def a_feature(
         max_act if words else 0.0,
         100 if words else 0,
         float(len(words)),
+        min(3.0, len(words)),
         tokens=tuple(
             TokenStat(i, f" {w}", s, 10, lift, 0.01) for i, (w, s) in enumerate(words.items())
         ),
@@ -297,16 +298,18 @@ def test_search_imports_nothing_heavy(path: Path) -> None:
 
 def test_rank_is_monotone_in_its_evidence() -> None:
     good = Firing(share=0.08, lift=30, recall=0.95)
-    assert rank(0.5, [good], 13) > rank(0.4, [good], 13) > rank(0.4, [good], 1)
-    assert rank(0, [good, good], 5) > rank(0, [good, Firing()], 5)
+    assert rank(0.5, [good], 13, 3) > rank(0.4, [good], 13, 3) > rank(0.4, [good], 1, 3)
+    assert rank(0.4, [good], 13, 3) > rank(0.4, [good], 13, 1)
+    assert rank(0, [good, good], 5, 1) > rank(0, [good, Firing()], 5, 1)
     for worse in (replace(good, recall=0.2), replace(good, lift=2), replace(good, share=0.001)):
         assert aboutness(worse) < aboutness(good)
     assert aboutness(Firing(share=1, lift=1, recall=1)) == 0
-    assert rank(0, [], 0) == 0
+    assert rank(0, [], 0, 0) == 0
 
 
 def test_a_concept_beats_its_word_and_a_word_beats_a_part_of_speech() -> None:
-    concept = rank(0.8, [Firing(share=1 / 13, lift=40, recall=0.97)], 13)
-    word = rank(1.0, [Firing(share=0.97, lift=500, recall=0.97)], 1)
-    noun = rank(0.3, [Firing(share=0.01, lift=4, recall=0.97)], 13)
-    assert concept > word > noun
+    concept = rank(0.8, [Firing(share=1 / 13, lift=40, recall=0.97)], 13, 2.5)
+    word = rank(1.0, [Firing(share=0.97, lift=500, recall=0.97)], 1, 1)
+    mixture = rank(1.0, [Firing(share=1 / 13, lift=40, recall=0.97)], 13, 1.1)
+    noun = rank(0.3, [Firing(share=0.001, lift=4, recall=0.97)], 16, 3)
+    assert concept > mixture > word > noun

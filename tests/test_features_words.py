@@ -164,3 +164,12 @@ def test_breadth_counts_own_words() -> None:
     even = [WordStat(f"w{i}", 0.05, 20, 0.1) for i in range(13)]
     assert labels.breadth(even) == pytest.approx(13)
     assert labels.breadth([*even, WordStat("the", 0.35, 1.1, 0.1)]) == pytest.approx(13)
+
+
+def test_company_counts_own_words_that_fire_together() -> None:
+    own = [WordStat(w, 0.3, 20, 0.1) for w in ("sea", "boat", "wave")]
+    alone = Example(1, 0, 0, 0, 1, (1, 2), (" the", " boat"), (0.0, 1.0))
+    together = Example(1, 0, 0, 0, 0, (1, 2, 3), (" boat", " sea", " the"), (1.0, 0.5, 0.1))
+    assert labels.company(own, [alone]) == 1
+    assert labels.company(own, [alone, together]) == 1.5  # "the" is no word of its own
+    assert labels.company(own, []) == 0

@@ -285,6 +285,15 @@ def test_the_text_decoder_of_a_multimodal_model() -> None:
     assert "language_model" in names[final_norm(model)]
 
 
+def test_other_towers_are_passed_over_however_near_they_stand() -> None:
+    model = nn.Module()
+    model.config = tiny_model("llama").config  # type: ignore[assignment]
+    model.vision = nn.Module()
+    model.vision.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(LAYERS))
+    model.text = tiny_model("llama")
+    assert decoder_layers(model) is model.text.model.layers
+
+
 def test_scaled_halves_are_refused_by_name() -> None:
     model = tiny_model("granite", residual_multiplier=0.5)
     with pytest.raises(HookPointError, match=r"residual_multiplier=0\.5"):

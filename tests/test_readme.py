@@ -46,7 +46,7 @@ def workplace(tmp_path, monkeypatch):
     (tmp_path / "pairs.jsonl").write_text(
         "".join(json.dumps({**pair, "prompt": f"word{i} boy"}) + "\n" for i in range(32))
     )
-    hub, read = models._source, config.read
+    hub = models._source
 
     def local(model_id):
         known = ("openai-community/gpt2", "path/or/hub-id", "path/or/id")

@@ -111,6 +111,7 @@ def test_two_clamps_of_one_feature_act_one_after_the_other() -> None:
     for clamps in (
         [(5, "min", 0.2), (5, "max", 0.4)],  # a band
         [(5, "set", 3.0), (5, "set", 1.0)],
+        [(5, "scale", 2.0), (5, "scale", 3.0)],
         [(5, "set", 3.0), (6, "set", 1.0), (5, "scale", 0.5)],
     ):
         edits = [Clamp(sae, f, v, how) for f, how, v in clamps]  # type: ignore[arg-type]

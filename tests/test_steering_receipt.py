@@ -91,6 +91,14 @@ def test_generate_counts_every_token_once(use_cache: bool) -> None:
     assert edit.after_mean == edit.after_max == 2.0
 
 
+def test_positions_are_those_of_the_prompt_and_counts_of_all() -> None:
+    model, ids = tiny_model(), random_ids(1, 6)
+    with steer(model, Clamp(tiny_sae(), 5, 2.0), prompt_length=4) as receipt:
+        model(ids)
+    assert receipt.edits[0].counts == [[6]]
+    assert receipt.edits[0].positions == [[[0, 1, 2, 3]]]
+
+
 def test_every_prompt_has_its_own_rows() -> None:
     model, sae = tiny_model(), tiny_sae()
     with steer(model, Clamp(sae, 5, 2.0)) as receipt:

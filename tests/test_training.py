@@ -510,6 +510,8 @@ def test_a_checkpoint_of_other_settings_is_refused_by_name(tmp_path: Path) -> No
     with pytest.raises(TrainingError, match=r"k=4 \(now 5\), lr=0.003 \(now 0.001\)") as raised:
         train(checkpoints=tmp_path / "c", k=5, lr=1e-3)
     assert "\n" not in str(raised.value)
+    with pytest.raises(TrainingError, match="activations="):
+        train(InMemory(seed=1), checkpoints=tmp_path / "c")
     with pytest.raises(TrainingError, match="rows="):
         fit(
             InMemory(), TRAIN[1:], HELD_OUT, architecture="topk", d_sae=D_SAE, k=K, steps=60,

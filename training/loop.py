@@ -72,7 +72,7 @@ def fit(
         b_dec_init: "mean" or "geometric_median" of the training rows.
         aux_coefficient: weight of the AuxK loss for dead latents.
         dead_after_tokens: a latent is dead when it fired on none of that many tokens; by default
-            5% of all tokens, 10 million at most.
+            5% of all tokens, 4 batches at least and 10 million at most.
         checkpoints: folder; None to make none. metrics: the JSONL file; None to write none.
         checkpoint_steps, checkpoint_seconds: a checkpoint is made when either has passed.
 
@@ -85,7 +85,7 @@ def fit(
     lr = 2.5 / math.sqrt(sample.shape[1] * d_sae) if lr is None else lr
     warm_up_steps = min(1000, steps // 20) if warm_up_steps is None else warm_up_steps
     if dead_after_tokens is None:
-        dead_after_tokens = min(10_000_000, steps * batch_size // 20)
+        dead_after_tokens = max(4 * batch_size, min(10_000_000, steps * batch_size // 20))
     settings = {
         "architecture": architecture,
         "d_sae": d_sae,
@@ -101,7 +101,8 @@ def fit(
         "dead_after_tokens": dead_after_tokens,
         "hook_point": str(identity.get("hook_point")),
         "model": identity.get("model_fingerprint") or identity.get("model_id"),
-        "rows": hashlib.sha256(np.ascontiguousarray(train_rows).tobytes()).hexdigest()[:16],
+        "rows": _hash(train_rows),
+        "activations": _hash(sample[:1024].cpu().numpy()),
     }
     found = latest_checkpoint(checkpoints, settings) if checkpoints else None
     mean_norm = float(sample.norm(dim=-1).mean())
@@ -189,6 +190,10 @@ def _checked(
     return ARCHITECTURES[architecture]
 
 
+def _hash(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
+
+
 def _initial(y: Tensor, d_sae: int, seed: int, b_dec_init: str) -> Weights:
     """Random unit decoder rows, the encoder equal to them, b_dec at the middle of y [n, d]."""
     generator = torch.Generator().manual_seed(seed)
@@ -273,6 +278,8 @@ def _finished(
     scale: float, batch_size: int, identity: Mapping[str, Any],
 ) -> Sae:  # fmt: skip
     """Fold the scale into the biases: a(s·x) / s is what the same encoder makes of x itself."""
+    if not all(bool(torch.isfinite(tensor).all()) for _, tensor in weights.items()):
+        raise TrainingError("the weights hold NaN or infinity after the last step; lower the rate")
     threshold = None
     if plan.saved_as == "jumprelu":
         chosen = spread(held_out_rows, _CALIBRATION)

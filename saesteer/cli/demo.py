@@ -149,7 +149,9 @@ def steered_texts(run: Run, report: "PlantedReport", chosen: dict[str, str]) -> 
     texts = {}
     for arm in ("clamp", "add"):
         feature, _, strength = chosen[arm].partition("=")
-        with run.steer(**{arm: {int(feature): strength}}):
+        setting = {int(feature): strength}
+        edits = run.edits(clamp=setting) if arm == "clamp" else run.edits(add=setting)
+        with run.steer(edits=edits):
             title = f"{arm} feature {feature} at {strength}"
             texts[title] = run.generate(PROMPT, max_new_tokens=NEW_TOKENS)
     strength = chosen["mean_difference_128"]

@@ -119,5 +119,5 @@ def _say(message: str) -> None:
     print(f"saesteer: {' '.join(message.split())}", file=sys.stderr)
 
 
-def _one_line_warning(message: Warning | str, *_: object) -> None:
+def _one_line_warning(message: Warning | str, *_: object, **__: object) -> None:
     _say(f"warning: {message}")

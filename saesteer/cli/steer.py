@@ -127,7 +127,7 @@ def steer(
 
 
 def _settings(values: tuple[str, ...], option: str) -> list[tuple[str, str]]:
-    found = []
+    found: list[tuple[str, str]] = []
     for value in values:
         key, equals, strength = value.partition("=")
         if not (key and equals and strength):

@@ -5,7 +5,7 @@ which concept c is off; lower is better. It stands between two fixed points: no 
 ceiling, the unedited model in a real context in which c is on.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,7 +92,7 @@ def score_concept(
     model: PreTrainedModel,
     concept: str,
     *,
-    arms: dict[str, Sequence[Candidate]],
+    arms: Mapping[str, Sequence[Candidate]],
     point: HookPoint,
     random_norm: float,
     n_prompts: int,

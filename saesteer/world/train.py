@@ -45,7 +45,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def untrained(seed: int, *, layers: int = 3, d_model: int = 128) -> LlamaForCausalLM:
+def untrained(seed: int, *, layers: int = 4, d_model: int = 64) -> LlamaForCausalLM:
     """The model before training."""
     torch.manual_seed(seed)
     ids = exact.word_ids()
@@ -53,7 +53,7 @@ def untrained(seed: int, *, layers: int = 3, d_model: int = 128) -> LlamaForCaus
         LlamaConfig(
             vocab_size=len(ids),
             hidden_size=d_model,
-            intermediate_size=2 * d_model,
+            intermediate_size=4 * d_model,
             num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=4,
@@ -143,13 +143,13 @@ def main() -> None:
     """Train, say how close the model comes to p*, and write it to `--out`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=MODEL_FOLDER)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stories", type=int, default=40_000)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--d-model", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--d-model", type=int, default=64)
     args = parser.parse_args()
     model = train(
         steps=args.steps,
