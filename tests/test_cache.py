@@ -1,5 +1,6 @@
 """The cache: the right activations, found again, resumed after any death, refused when foreign."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import WIDTH, tiny_model
+from tests.tiny import WIDTH, tiny_model
 
 from saesteer.core.hooks import activations
 from saesteer.core.model import HookPoint
@@ -127,7 +128,7 @@ def test_sigkill_in_the_middle_then_again(tmp_path):
         f"""
         import os, signal, sys
         sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
-        import test_cache
+        from tests import test_cache
         from saesteer.training import cache
         cache.SHARD_BYTES = 3 * test_cache.SIZE * test_cache.WIDTH * 4
         real, calls = cache.write_shard, []
@@ -225,3 +226,107 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot write"):
         cached(tmp_path / "file" / "run")
+
+
+def test_a_text_that_changed_under_its_name_is_not_mixed_with_what_it_was(tmp_path):
+    def dying():
+        yield from list(contexts())[:7]
+        raise KeyboardInterrupt
+
+    def changed():
+        for context in contexts():
+            yield Context(context.tokens[::-1].copy(), context.documents)
+
+    with pytest.raises(KeyboardInterrupt):
+        cached(tmp_path, stream=dying)
+    before = everything(tmp_path)
+    with pytest.raises(CacheError, match="text or the tokenizer has changed"):
+        cached(tmp_path, stream=changed)
+    assert everything(tmp_path) == before
+
+
+def test_resuming_keeps_the_lengths_of_the_shards_that_exist(tmp_path, monkeypatch):
+    cached(tmp_path / "whole", batch_size=1)
+
+    def dying():
+        yield from list(contexts())[:7]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cached(tmp_path / "killed", stream=dying, batch_size=1)
+    monkeypatch.setattr(cache, "SHARD_BYTES", 2 * SIZE * WIDTH * 4)
+    shards = cached(tmp_path / "killed", batch_size=1)
+    assert [e["contexts"] for e in shards.manifest["shards"]] == [3, 3, 2, 2]
+    every = np.arange(shards.n_tokens)
+    assert torch.equal(shards.rows(every), Shards(tmp_path / "whole").rows(every))
+
+
+def test_the_message_names_the_one_value_that_differs_however_deep(tmp_path):
+    def about(sha, n=500):
+        files = [{"name": f"{i}.txt", "sha256": "00"} for i in range(n)]
+        files[7]["sha256"] = sha
+        return {**ABOUT, "text": {"files": files, "column": "text"}}
+
+    cached(tmp_path, made_from=about("aa"))
+    with pytest.raises(CacheError, match=r"text\.files\.7\.sha256 was 'aa', asked for is 'bb'"):
+        cached(tmp_path, made_from=about("bb"))
+    with pytest.raises(CacheError, match=r"their text\.files was") as caught:
+        cached(tmp_path, made_from=about("aa", 501))
+    assert len(str(caught.value)) < 1000
+
+
+def test_tokens_that_the_model_does_not_know_are_refused(tmp_path):
+    def foreign():
+        for context in contexts():
+            context.tokens[5] = 96
+            yield context
+
+    with pytest.raises(CacheError, match="token 96 is not among the 96"):
+        cached(tmp_path, stream=foreign)
+
+
+def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path):
+    left = tmp_path / f".{shard_name(1)}.12345.partial"
+    left.write_bytes(b"half")
+    cached(tmp_path)
+    assert not left.exists()
+
+
+def test_the_one_who_is_caching_is_named(tmp_path):
+    def second():
+        for _ in range(2):  # asking must not wipe the name out
+            with pytest.raises(CacheError, match=rf"process id {os.getpid()}\)"):
+                cached(tmp_path)
+        yield from contexts()
+
+    cached(tmp_path, stream=second)
+    assert cached(tmp_path).n_contexts == N
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_checking_a_large_cache_is_shown(tmp_path, monkeypatch, capsys, large):
+    cached(tmp_path)
+    monkeypatch.setattr(cache, "SHOWN_BYTES", 0 if large else 2**30)
+    capsys.readouterr()
+    cached(tmp_path)
+    assert ("verify" in capsys.readouterr().err) == large
+
+
+def test_a_full_disk_is_said_and_the_same_command_goes_on(tmp_path, monkeypatch):
+    cached(tmp_path / "whole")
+    real, written = Path.write_bytes, []
+
+    def full(self, data):
+        if len(written) == 2:
+            real(self, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(self)
+        return real(self, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(RunError, match="disk is full"):
+            cached(tmp_path / "killed")
+    assert sorted(everything(tmp_path / "killed")) == [shard_name(0), shard_name(1)]
+    cached(tmp_path / "killed")
+    assert everything(tmp_path / "killed") == everything(tmp_path / "whole")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import BOS, EOS, PAD, VOCAB, WIDTH, tiny_model, tiny_tokenizer
+from tests.tiny import BOS, EOS, PAD, VOCAB, WIDTH, tiny_model, tiny_tokenizer
 
 from saesteer.core.hooks import capture
 from saesteer.core.model import HookPoint, fingerprint

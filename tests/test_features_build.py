@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import BOS, VOCAB, WIDTH, tiny_model, tiny_tokenizer
+from tests.tiny import BOS, VOCAB, WIDTH, tiny_model, tiny_tokenizer
 
 from saesteer.core.model import HookPoint, fingerprint, unembedding
 from saesteer.core.sae import Sae

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny import VOCAB, WIDTH, tiny_model
+from tests.tiny import VOCAB, WIDTH, tiny_model
 from torch import nn
 
 from saesteer.core.model import final_norm, unembedding

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
+from tests.tiny import tiny_model, tiny_tokenizer
 
 from saesteer.core.generate import GumbelRows, generate
 from saesteer.errors import TextError

@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from tiny import tiny_model, tiny_tokenizer
+from tests.tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from saesteer import config
@@ -95,7 +95,6 @@ def test_make_help_names_every_target():
 
 
 def test_gpt2_in_shell_then_in_python(workplace, capsys, monkeypatch):
-    monkeypatch.setattr("tiny.VOCAB", 96)
     run_all(commands(blocks("sh")[1]))
     exec(compile(blocks("python")[0], "README.md", "exec"), {})
     assert "feature 12 set" in capsys.readouterr().out

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from tiny import WIDTH, tiny_model, tiny_tokenizer
+from tests.tiny import WIDTH, tiny_model, tiny_tokenizer
 
 import saesteer
 from saesteer import stages

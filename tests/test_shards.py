@@ -1,6 +1,7 @@
 """Shards: what is written is read back, row by row and to the bit, or refused."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,3 +113,87 @@ def test_a_full_disk_leaves_what_was_written_whole(tmp_path, monkeypatch):
         write_shard(tmp_path, 0, batch)
     assert (tmp_path / shard_name(0)).read_bytes() == before
     assert not list(tmp_path.glob(".*partial"))
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"complete": None},
+        {"context_size": "5"},
+        {"made_from": []},
+        {"shards": [{}]},
+        {"shards": [[]]},
+        {"shards": {}},
+    ],
+)
+def test_a_manifest_with_anything_missing_or_of_another_kind_is_damaged(tmp_path, broken):
+    made(tmp_path)
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **broken}))
+    with pytest.raises(CacheError, match="damaged"):
+        Shards(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [{"context_size": 6}, {"d_model": 8}])
+def test_a_manifest_that_does_not_fit_its_shards_is_refused(tmp_path, wrong):
+    made(tmp_path)
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **wrong}))
+    with pytest.raises(CacheError, match="acts-00000"):
+        Shards(tmp_path)
+
+
+def test_any_flipped_bit_of_a_header_is_a_cache_error_or_harmless(tmp_path):
+    _, acts, *_ = made(tmp_path)
+    path = tmp_path / shard_name(0)
+    data = path.read_bytes()
+    for at in range(8 + int.from_bytes(data[:8], "little")):
+        for bit in (0, 3, 6, 7):
+            flipped = bytearray(data)
+            flipped[at] ^= 1 << bit
+            path.write_bytes(flipped)
+            try:
+                shards = Shards(tmp_path)
+            except CacheError:
+                continue
+            shape = shards.rows(np.arange(shards.n_tokens)).shape
+            assert shape == (acts.shape[0] * CONTEXT, WIDTH)
+            assert shards.tokens.shape == shards.documents.shape == acts.shape[:2]
+            with pytest.raises(CacheError, match="acts-00000"):
+                shards.verify()
+
+
+@pytest.mark.parametrize("rows", [[-1], [40], [0, 10**6]])
+def test_rows_that_are_not_there_are_refused(tmp_path, rows):
+    shards, *_ = made(tmp_path)
+    with pytest.raises(CacheError, match="rows 0 to 39"):
+        shards.rows(np.array(rows))
+    with pytest.raises(CacheError, match="rows 0 to 39"):
+        shards.text(rows[-1], None)
+
+
+def test_a_batch_of_nothing_is_refused(tmp_path):
+    shards, *_ = made(tmp_path)
+    with pytest.raises(CacheError, match="1 or more"):
+        next(shards.contexts(batch=0))
+
+
+def test_open_shards_hold_no_file_descriptors(tmp_path):
+    fds = Path("/proc/self/fd")
+    if not fds.is_dir():
+        pytest.skip("counts file descriptors in /proc")
+    before = len(list(fds.iterdir()))
+    shards, *_ = made(tmp_path, sizes=(1,) * 30)
+    shards.rows(np.arange(shards.n_tokens))
+    assert len(list(fds.iterdir())) <= before + 2
+
+
+def test_what_is_read_may_be_changed_and_the_shards_stay_as_they_are(tmp_path):
+    shards, acts, tokens, _ = made(tmp_path)
+    batch = next(shards.contexts(batch=2))
+    batch.activations.zero_()
+    batch.tokens[:] = 0
+    shards.rows(np.arange(4)).zero_()
+    shards.verify()
+    assert torch.equal(next(shards.contexts(batch=2)).activations, acts[:2])
+    np.testing.assert_array_equal(Shards(tmp_path).tokens, tokens)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import BOS, EOS, tiny_tokenizer
+from tests.tiny import BOS, EOS, tiny_tokenizer
 
 from saesteer.errors import TextError
 from saesteer.training import text as reading

@@ -1,6 +1,7 @@
 """From contexts to shards of activations: resumable, and found again by what made them."""
 
 import fcntl
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from saesteer.core.shards import (
     Shards,
     is_whole,
     read_manifest,
+    read_tokens,
     write_manifest,
     write_shard,
 )
@@ -29,6 +31,8 @@ from saesteer.training.text import Context
 
 # Bytes of activations a shard: what is lost when a run is killed, and what is held in memory.
 SHARD_BYTES = 64 * 2**20
+# Checking more than this takes over a second, so it is shown.
+SHOWN_BYTES = 512 * 2**20
 # Tokens a forward pass where no batch size is given: more brings nothing on a CPU.
 TOKENS_A_BATCH = {"cpu": 2048, "cuda": 65536, "mps": 8192}
 
@@ -52,6 +56,7 @@ def activation_batches(
     """
     if batch_size is not None and batch_size < 1:
         raise CacheError(f"batch size {batch_size}; expected 1 or more contexts")
+    known = model.get_input_embeddings().weight.shape[0]
     stream = iter(contexts)
     waiting: list[Context] = []
     while True:
@@ -63,6 +68,11 @@ def activation_batches(
             waiting = first + list(islice(stream, size - 1))
         batch = waiting[:size]
         tokens = np.stack([context.tokens for context in batch])
+        if tokens.max() >= known:
+            raise CacheError(
+                f"token {tokens.max()} is not among the {known} that the model knows: the "
+                "tokenizer belongs to another model; load both from one folder or Hub id"
+            )
         try:
             found = activations(model, [point], torch.from_numpy(tokens).long())[point]
         except torch.OutOfMemoryError:
@@ -118,11 +128,13 @@ def cache_activations(
     made_from = {**made_from, "dtype": dtype, "n_contexts": n_contexts}
     a_shard = max(1, SHARD_BYTES // (context_size * d_model * DTYPES[dtype].itemsize))
     with _alone(folder):
+        for left in folder.glob(".*.partial"):  # by a process that was killed while it wrote
+            left.unlink(missing_ok=True)
         manifest = read_manifest(folder)
         if manifest is not None:
             _check_same(manifest["made_from"], made_from, folder)
         entries = list(manifest["shards"]) if manifest else []
-        whole = [is_whole(folder, entry) for entry in entries]
+        whole = _checked(folder, entries)
         if manifest and manifest["complete"] and all(whole):
             return Shards(folder)
         about = {
@@ -138,7 +150,9 @@ def cache_activations(
             stream = contexts()
             number = done = 0
             while done < wanted:
-                some = list(islice(stream, min(a_shard, wanted - done)))
+                # A shard that exists keeps its length, also when SHARD_BYTES is another today.
+                length = entries[number]["contexts"] if number < len(entries) else a_shard
+                some = list(islice(stream, min(length, wanted - done)))
                 if not some:
                     break
                 if number >= len(entries) or not whole[number]:
@@ -147,6 +161,8 @@ def cache_activations(
                     entries[number : number + 1] = [entry]
                     write_manifest(folder, {**about, "complete": False, "shards": entries})
                 else:
+                    _check_same_text(some, folder, entries[number])
+                    bar.initial += len(some) * context_size  # so that the rate is the model's
                     bar.update(len(some) * context_size)
                 done += len(some)
                 number += 1
@@ -202,13 +218,43 @@ def _found_batch_size(model: PreTrainedModel, context_size: int) -> int:
     return max(1, TOKENS_A_BATCH.get(model.device.type, 2048) // context_size)
 
 
-def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
-    for key in (*now, *before):
-        if before.get(key) != now.get(key):
-            raise CacheError(
-                f"{folder} holds other activations: their {key} was {before.get(key)!r}, "
-                f"asked for is {now.get(key)!r}; use another run folder, or remove {folder}"
-            )
+def _checked(folder: Path, entries: list[dict[str, Any]]) -> list[bool]:
+    """Which shards have the bytes that were written."""
+    size = sum(entry["bytes"] for entry in entries)
+    if size <= SHOWN_BYTES:
+        return [is_whole(folder, entry) for entry in entries]
+    shown = progress("verify", len(entries), unit="shard", iterable=entries)
+    return [is_whole(folder, entry) for entry in shown]
+
+
+def _check_same_text(contexts: list[Context], folder: Path, entry: Mapping[str, Any]) -> None:
+    """A data set's name can come to mean another text, which `made_from` can't tell."""
+    tokens = np.stack([context.tokens for context in contexts])
+    if not np.array_equal(tokens, read_tokens(folder, entry)):
+        raise CacheError(
+            f"the text or the tokenizer has changed since {folder / entry['file']} was cached; "
+            f"use another run folder, or remove {folder} to cache the text as it is now"
+        )
+
+
+def _check_same(before: Any, now: Any, folder: Path, name: str = "") -> None:
+    """Raise CacheError with the first value, however deep, that differs."""
+    if before == now:
+        return
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        before, now = dict(enumerate(before)), dict(enumerate(now))
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in (*now, *before):
+            _check_same(before.get(key), now.get(key), folder, f"{name}.{key}" if name else key)
+    raise CacheError(
+        f"{folder} holds other activations: their {name} was {_short(before)}, "
+        f"asked for is {_short(now)}; use another run folder, or remove {folder}"
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:99]}…"
 
 
 @contextmanager
@@ -216,7 +262,7 @@ def _alone(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which ends with the process, however that ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        lock = (folder / ".lock").open("a+")  # "w" would wipe out the holder's name
     except OSError as error:
         raise RunError(
             f"cannot write to {folder}: {error.strerror}; choose a run folder that you can write to"
@@ -224,8 +270,18 @@ def _alone(folder: Path) -> Iterator[None]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
+            lock.seek(0)
             raise CacheError(
-                f"another process is caching into {folder}; wait for it, or use another run folder"
+                f"another process is caching into {folder} (process id {lock.read() or '?'}); "
+                "wait for it, or use another run folder"
             ) from None
+        except OSError as error:
+            raise RunError(
+                f"{folder} can't be locked ({error.strerror}), so two runs could mix there; "
+                "choose a run folder on a local disk"
+            ) from error
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
         yield

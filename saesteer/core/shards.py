@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -28,8 +29,22 @@ from saesteer.errors import CacheError
 
 FORMAT = 1
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-# numpy has no bfloat16: its bits are read as integers and named again in torch.
-_NUMPY = {"F16": np.float16, "BF16": np.int16, "F32": np.float32, "I32": np.int32}
+# The tensors of a shard, and what they can be stored as.
+_TENSORS = {
+    "activations": {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32},
+    "tokens": {"I32": torch.int32},
+    "documents": {"I32": torch.int32},
+}
+# What must stand in a manifest and, below, in a shard's entry there, for anything else to rest on.
+_NEEDED = {
+    "complete": bool,
+    "made_from": dict,
+    "hook_point": str,
+    "context_size": int,
+    "d_model": int,
+    "shards": list,
+}
+_ENTRY = {"file": str, "contexts": int, "bytes": int, "sha256": str}
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +98,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         known = manifest["format"] == FORMAT
+        if known:
+            _check_kinds(manifest, _NEEDED)
+            for entry in manifest["shards"]:
+                _check_kinds(entry, _ENTRY)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -97,9 +116,21 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def _check_kinds(values: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
+    for key, kind in kinds.items():
+        if not isinstance(values[key], kind):
+            raise TypeError(f"{key} is no {kind.__name__}")
+
+
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write the manifest, aside and renamed."""
     write_json(folder / "manifest.json", {"format": FORMAT, **manifest})
+
+
+def read_tokens(folder: Path, entry: Mapping[str, Any]) -> NDArray[np.int32]:
+    """The tokens of one whole shard: int32 [contexts, context_size]."""
+    with safe_open(folder / entry["file"], "np") as file:
+        return file.get_tensor("tokens")
 
 
 def is_whole(folder: Path, entry: Mapping[str, Any]) -> bool:
@@ -151,28 +182,42 @@ class Shards:
     @cached_property
     def tokens(self) -> NDArray[np.int32]:
         """Every token: [n_contexts, context_size]."""
-        return np.concatenate([m["tokens"] for m in self._maps])
+        return np.concatenate([m["tokens"].numpy() for m in self._maps])
 
     @cached_property
     def documents(self) -> NDArray[np.int32]:
         """The document of every token: [n_contexts, context_size]; −1 for none."""
-        return np.concatenate([m["documents"] for m in self._maps])
+        return np.concatenate([m["documents"].numpy() for m in self._maps])
 
     def rows(self, indices: NDArray[Any]) -> Tensor:
-        """Activations of any rows, in the order given: float32 [n, d_model]."""
+        """Activations of any rows, in the order given: float32 [n, d_model].
+
+        Raises:
+            CacheError: an index below 0 or past the last row.
+        """
+        self._check_rows(indices)
         out = torch.empty(len(indices), self.d_model)
         shard = np.searchsorted(self._first * self.context_size, indices, side="right") - 1
         for number in np.unique(shard):
             here = np.flatnonzero(shard == number)
-            flat = self._maps[number]["activations"].reshape(-1, self.d_model)
+            flat = self._maps[number]["activations"].view(-1, self.d_model)
             local = indices[here] - self._first[number] * self.context_size
-            out[torch.from_numpy(here)] = self._tensor(flat[local]).float()
+            found = flat.index_select(0, torch.from_numpy(local.astype(np.int64)))
+            out.index_copy_(0, torch.from_numpy(here), found.float())
         return out
 
     def contexts(
         self, start: int = 0, stop: int | None = None, *, batch: int = 16
     ) -> Iterator[ContextBatch]:
-        """Contexts start … stop − 1 in order, at most `batch` at a time."""
+        """Contexts start … stop − 1 in order, at most `batch` at a time.
+
+        Raises:
+            CacheError: a batch below 1, or a start below 0.
+        """
+        if batch < 1 or start < 0:
+            raise CacheError(
+                f"contexts from {start} on, {batch} at a time: expected 0 or more, 1 or more"
+            )
         stop = self.n_contexts if stop is None else min(stop, self.n_contexts)
         while start < stop:
             number = int(np.searchsorted(self._first, start, side="right")) - 1
@@ -180,9 +225,9 @@ class Shards:
             low, high = start - self._first[number], end - self._first[number]
             maps = self._maps[number]
             yield ContextBatch(
-                np.array(maps["tokens"][low:high]),
-                np.array(maps["documents"][low:high]),
-                self._tensor(maps["activations"][low:high]),
+                maps["tokens"][low:high].clone().numpy(),
+                maps["documents"][low:high].clone().numpy(),
+                maps["activations"][low:high].clone(),
                 start,
             )
             start = end
@@ -198,36 +243,46 @@ class Shards:
                 raise CacheError(_damaged(self.folder / entry["file"]))
 
     def text(self, row: int, tokenizer: Any, *, before: int = 12, after: int = 8) -> str:
-        """The text around a row, from its own context."""
+        """The text around a row, from its own context.
+
+        Raises:
+            CacheError: there is no such row.
+        """
+        self._check_rows(np.array([row]))
         context, position = divmod(row, self.context_size)
         window = self.tokens[context, max(0, position - before) : position + after + 1]
         return str(tokenizer.decode(window.tolist()))
 
-    def _tensor(self, values: NDArray[Any]) -> Tensor:
-        tensor = torch.from_numpy(np.array(values))
-        return tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor
+    def _check_rows(self, indices: NDArray[Any]) -> None:
+        if len(indices) and not 0 <= indices.min() <= indices.max() < self.n_tokens:
+            raise CacheError(
+                f"rows {indices.min()} to {indices.max()} of {self.folder}, which holds "
+                f"rows 0 to {self.n_tokens - 1}"
+            )
 
-    def _map(self, entry: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-        """Memory maps of a shard's tensors, by name."""
+    def _map(self, entry: Mapping[str, Any]) -> dict[str, Tensor]:
+        """A shard's tensors by name, mapped: read from the disk when they are looked at."""
         path = self.folder / entry["file"]
         try:
             if path.stat().st_size != entry["bytes"]:
                 raise CacheError(_damaged(path))
             with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
-            return {
-                name: np.memmap(
-                    path,
-                    mode="r",
-                    dtype=_NUMPY[about["dtype"]],
-                    shape=tuple(about["shape"]),
-                    offset=8 + length + about["data_offsets"][0],
-                )
-                for name, about in header.items()
-                if name != "__metadata__"
-            }
-        except (OSError, ValueError, KeyError) as error:
+                start = 8 + int.from_bytes(file.read(8), "little")
+                if start > entry["bytes"]:
+                    raise CacheError(_damaged(path))
+                header = json.loads(file.read(start - 8))
+            # torch's mapping holds no file descriptor, so thousands of shards can be open.
+            raw = torch.from_file(str(path), size=entry["bytes"], dtype=torch.uint8)
+            maps = {}
+            for name, dtypes in _TENSORS.items():
+                first, last = header[name]["data_offsets"]
+                shape = [entry["contexts"], self.context_size]
+                if name == "activations":
+                    shape.append(self.d_model)
+                stored = raw[start + first : start + last].view(dtypes[header[name]["dtype"]])
+                maps[name] = stored.view(shape)
+            return maps
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise CacheError(_damaged(path)) from error
 
 
