@@ -308,4 +308,4 @@ def _why(firings: list[Firing], words: list[str]) -> str:
     share = sum(firing.share for firing in firings)
     recall = max(firing.recall for firing in firings)
     named = ", ".join(f"'{word}'" for word in words[:3])
-    return f"fires on {recall:.0%} of {named}, {share:.0%} of its activation"
+    return f"fires on {recall:.0%} of {named} ({share:.0%} of its activation)"

@@ -18,7 +18,7 @@ from saesteer.features.search import Index
 from saesteer.run import Run
 from saesteer.training import cache as caching
 from saesteer.training import evaluate as evaluation
-from saesteer.training import loop, rows
+from saesteer.training import loop, packing, rows
 from saesteer.training import text as reading
 
 
@@ -43,7 +43,7 @@ def cache(run: Run) -> Shards:
     run.refresh()
     return caching.cache_activations(
         run.model,
-        lambda: reading.pack(reading.documents(**source), run.tokenizer, about.context_size),
+        lambda: packing.pack(reading.documents(**source), run.tokenizer, about.context_size),
         run.hook_point,
         run.path / "activations",
         n_contexts=max(1, about.tokens // about.context_size),
@@ -195,7 +195,7 @@ def _batches(run: Run, text: str | None, tokens: int, *, held_out: bool) -> Iter
         )
     size = run.config.cache.context_size
     _check_context_size(run, size)
-    contexts = reading.pack(
+    contexts = packing.pack(
         reading.documents(**_text_source(run, source)),
         run.tokenizer,
         size,

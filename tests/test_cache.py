@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.tiny import WIDTH, tiny_model
 
 from saesteer.core.hooks import activations
 from saesteer.core.model import HookPoint
 from saesteer.core.shards import Shards, shard_name
 from saesteer.errors import CacheError, RunError
 from saesteer.training import cache
-from saesteer.training.text import Context
+from saesteer.training.packing import Context
+from tests.tiny import WIDTH, tiny_model
 
 POINT = HookPoint(1, "resid_post")
 SIZE, N = 8, 10

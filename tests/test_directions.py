@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.tiny import BOS, EOS, PAD, VOCAB, WIDTH, tiny_model, tiny_tokenizer
 
 from saesteer.core.hooks import capture
 from saesteer.core.model import HookPoint, fingerprint
@@ -14,6 +13,7 @@ from saesteer.directions.answers import answer_activations, side_tokens
 from saesteer.directions.mean_difference import fit
 from saesteer.directions.pairs import Pair
 from saesteer.errors import HookPointError, PairsError, RunError, SteeringError
+from tests.tiny import BOS, EOS, PAD, VOCAB, WIDTH, tiny_model, tiny_tokenizer
 
 POINT = HookPoint(1, "resid_post")
 WORDS = [

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.tiny import BOS, VOCAB, WIDTH, tiny_model, tiny_tokenizer
 
 from saesteer.core.model import HookPoint, fingerprint, unembedding
 from saesteer.core.sae import Sae
@@ -21,6 +20,7 @@ from saesteer.features.collect import collect
 from saesteer.features.labels import NEVER
 from saesteer.features.search import Index
 from saesteer.features.weights import logit_lens
+from tests.tiny import BOS, VOCAB, WIDTH, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 SEA_WORDS = ["sea", "wave", "fish", "boat", "sail", "harbour"]

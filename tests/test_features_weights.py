@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from tests.tiny import VOCAB, WIDTH, tiny_model
 from torch import nn
 
 from saesteer.core.model import final_norm, unembedding
 from saesteer.errors import ModelError
 from saesteer.features import weights
 from saesteer.features.weights import linear_part, logit_lens
+from tests.tiny import VOCAB, WIDTH, tiny_model
 
 CPU = torch.device("cpu")
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.tiny import tiny_model, tiny_tokenizer
 
 from saesteer.core.generate import GumbelRows, generate
 from saesteer.errors import TextError
+from tests.tiny import tiny_model, tiny_tokenizer
 
 PROMPTS = ["the boy saw a ship", "she", "once upon a time there was the old sea"]
 

@@ -12,12 +12,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from tests.tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from saesteer import config
 from saesteer.cli.main import main
 from saesteer.core import model as models
+from tests.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

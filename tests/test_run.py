@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from tests.tiny import WIDTH, tiny_model, tiny_tokenizer
 
 import saesteer
 from saesteer import stages
@@ -25,6 +24,7 @@ from saesteer.errors import (
 )
 from saesteer.run import Run
 from saesteer.world import corpus
+from tests.tiny import WIDTH, tiny_model, tiny_tokenizer
 
 PROMPT = "Story A. Once there was a girl named"
 

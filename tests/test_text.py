@@ -10,11 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tiny import BOS, EOS, tiny_tokenizer
 
 from saesteer.errors import TextError
 from saesteer.training import text as reading
-from saesteer.training.text import SEPARATOR, documents, fingerprint, pack
+from saesteer.training.packing import pack
+from saesteer.training.text import SEPARATOR, documents, fingerprint
+from tests.tiny import BOS, EOS, tiny_tokenizer
 
 STORIES = [
     "the boy walked to the sea .",
@@ -318,7 +319,7 @@ def test_packing_loses_no_token_and_knows_each_ones_document(
     separator = BOS if bos else EOS if eos else None
     expected = plain_packing(ids, separator, added, context_size)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "_BATCH_DOCUMENTS", batch)
+        patch.setattr(packing, "_BATCH_DOCUMENTS", batch)
         packing = pack(iter(texts), tokenizer, context_size, prepend_bos=prepend_bos)
         if not expected:
             with pytest.raises(TextError, match="too few"):
@@ -394,7 +395,7 @@ def test_n_contexts_stops_reading_early():
             yield "the boy walked to the sea ."
 
     assert len(list(pack(endless(), tiny_tokenizer(), 16, n_contexts=5))) == 5
-    assert read <= reading._BATCH_DOCUMENTS
+    assert read <= packing._BATCH_DOCUMENTS
 
 
 def test_contexts_of_a_long_document_do_not_share_memory():

@@ -27,7 +27,7 @@ from saesteer.core.shards import (
     write_shard,
 )
 from saesteer.errors import CacheError, RunError, TextError, did_you_mean
-from saesteer.training.text import Context
+from saesteer.training.packing import Context
 
 # Bytes of activations a shard: what is lost when a run is killed, and what is held in memory.
 SHARD_BYTES = 64 * 2**20
