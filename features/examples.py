@@ -143,7 +143,7 @@ def _around(
     near = np.clip(rows[:, None] + offsets, 0, block.tokens.size - 1)
     documents = block.documents.reshape(-1)
     inside = (positions >= 0) & (positions < length)
-    inside |= documents[near] == documents[rows][:, None]
+    inside &= documents[near] == documents[rows][:, None]
     tokens = np.where(inside, block.tokens.reshape(-1)[near], NO_TOKEN)
     # Firings are ordered by row, then feature: the pair is found by bisection.
     fired = block.rows * d_sae + block.features

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saesteer.errors import TextError
+from saesteer.training import packing as packing_module
 from saesteer.training import text as reading
 from saesteer.training.packing import pack
 from saesteer.training.text import SEPARATOR, documents, fingerprint
@@ -319,7 +320,7 @@ def test_packing_loses_no_token_and_knows_each_ones_document(
     separator = BOS if bos else EOS if eos else None
     expected = plain_packing(ids, separator, added, context_size)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "_BATCH_DOCUMENTS", batch)
+        patch.setattr(packing_module, "_BATCH_DOCUMENTS", batch)
         packing = pack(iter(texts), tokenizer, context_size, prepend_bos=prepend_bos)
         if not expected:
             with pytest.raises(TextError, match="too few"):
@@ -395,7 +396,7 @@ def test_n_contexts_stops_reading_early():
             yield "the boy walked to the sea ."
 
     assert len(list(pack(endless(), tiny_tokenizer(), 16, n_contexts=5))) == 5
-    assert read <= packing._BATCH_DOCUMENTS
+    assert read <= packing_module._BATCH_DOCUMENTS
 
 
 def test_contexts_of_a_long_document_do_not_share_memory():
