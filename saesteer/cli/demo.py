@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 STORIES = 5_500  # a little more than the tokens that configs/demo.toml asks for
 SHOWN = ("sea", "castle", "music")
-STEERED = "castle"
+STEERED = "music"
 PROMPT = "Story A. Once there was a girl named Lily. It was Monday. The man"
 NEW_TOKENS = 36
 COLUMN = 38  # two of them and a gap make 80

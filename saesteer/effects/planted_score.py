@@ -22,9 +22,10 @@ from saesteer.world.grammar import PAD
 
 Edit = Add | Clamp
 
-# Multiples of a feature's max_act, and of a mean difference's own length, tried on validation.
-FEATURE_STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0)
-VECTOR_STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+# Multiples of a feature's max_act, and of a mean difference's own length, tried on validation:
+# as many for a vector as for the three features that validation chooses between together.
+FEATURE_STRENGTHS = (0.1, 0.2, 0.3, 0.5, 1.0)
+VECTOR_STRENGTHS = (*(0.25 * i for i in range(1, 13)), 3.5, 4.0, 5.0)
 RANDOM_STRENGTHS = (0.5, 1.0, 2.0)
 RANDOM_DIRECTIONS = 20
 
