@@ -31,8 +31,8 @@ HALF_SHARE = 0.003
 # fire within one example keep company, and those of a mixture don't. A feature of FULL_BREADTH
 # words counts (1 + BREADTH_WEIGHT) times, one with FULL_COMPANY to an example
 # (1 + COMPANY_WEIGHT) times.
-BREADTH_WEIGHT, FULL_BREADTH = 1.0, 16.0
-COMPANY_WEIGHT, FULL_COMPANY = 2.0, 3.0
+BREADTH_WEIGHT, FULL_BREADTH = 0.5, 16.0
+COMPANY_WEIGHT, FULL_COMPANY = 4.0, 3.0
 
 
 @dataclass(frozen=True)

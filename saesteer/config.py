@@ -4,6 +4,7 @@ Every table of the file is a dataclass here; the text below a field is its help 
 """
 
 import dataclasses
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,6 +140,33 @@ def write(path: Path, config: Config) -> None:
         lines += [f"{key} = {_toml(value)}" for key, value in table.items() if value is not None]
     with written_aside(path) as aside:
         aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def check_ranges(config: Config) -> None:
+    """Refuse figures that nothing could be made with.
+
+    Raises:
+        ConfigError: names the key, its value and its range.
+    """
+    cache, sae, train = config.cache, config.sae, config.train
+    for key, value, low, high in (
+        ("cache.tokens", cache.tokens, 1, math.inf),
+        ("cache.context_size", cache.context_size, 2, math.inf),
+        ("cache.held_out", cache.held_out, 1e-9, 0.9),
+        ("sae.d_sae", sae.d_sae, 1, math.inf),
+        ("sae.k", sae.k, 1, sae.d_sae),
+        ("train.tokens", train.tokens, 1, math.inf),
+        ("train.batch_size", train.batch_size, 1, math.inf),
+        ("train.lr", train.lr, 1e-12, 1e3),
+        ("train.warmup", train.warmup, 0, 1),
+        ("train.decay", train.decay, 0, 1),
+        ("train.seed", train.seed, 0, 2**63 - 1),
+        ("train.log_every", train.log_every, 1, math.inf),
+        ("train.checkpoint_every", train.checkpoint_every, 1, math.inf),
+    ):
+        if not low <= value <= high:  # also where the value is nan
+            most = "" if high == math.inf else f" and at most {high:g}"
+            raise ConfigError(f"{key} is {value:g}; expected at least {low:g}{most}")
 
 
 def _build(kind: type, values: dict[str, Any], where: str) -> Any:

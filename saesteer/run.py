@@ -69,11 +69,11 @@ class Run:
 
     @classmethod
     def create(cls, config: Config) -> "Run":
-        """Make a run folder for a configuration, or open the one that the same one made.
+        """Make a run folder for a configuration, or open the one that is there with it.
 
         Raises:
-            ConfigError: the configuration names no run folder, text or hook point, or differs
-                from the one that the folder was made with in what its contents depend on.
+            ConfigError: the configuration names no run folder, text or hook point, a figure in it
+                is out of range, or the folder holds an SAE that someone else trained.
             RunError: the folder cannot be written.
         """
         for value, name in (
@@ -83,6 +83,7 @@ class Run:
         ):
             if not value:
                 raise ConfigError(f"the configuration lacks {name}; see configs/ for examples")
+        configuration.check_ranges(config)
         path = Path(config.run)
         if (path / "config.toml").exists():
             before = configuration.read(path / "config.toml")
@@ -90,8 +91,16 @@ class Run:
                 raise ConfigError(
                     f"{path} holds an SAE that someone else trained; train into another folder"
                 )
-        configuration.write(path / "config.toml", config)
+        else:
+            configuration.write(path / "config.toml", config)
         return cls(path, config)
+
+    def save_config(self) -> None:
+        """Keep the configuration that made what is now in the folder.
+
+        `create` leaves an older one as it is: a stage that is refused must not change the run.
+        """
+        configuration.write(self.path / "config.toml", self.config)
 
     @classmethod
     def from_sae(

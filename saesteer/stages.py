@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from saesteer.core.blocks import d_model, site_module
-from saesteer.core.files import write_json
+from saesteer.core.files import alone, write_json
 from saesteer.core.model import HookPoint, fingerprint
 from saesteer.core.sae import Sae
 from saesteer.core.shards import ContextBatch, Shards
@@ -63,6 +63,11 @@ def train(run: Run) -> Sae:
         TextError, CacheError, HookPointError, RunError: see `cache`.
     """
     shards = cache(run)
+    with alone(run.path / "checkpoints"):
+        return _fit(run, shards)
+
+
+def _fit(run: Run, shards: Shards) -> Sae:
     settings, sae = run.config.train, run.config.sae
     train_rows, held_out_rows = rows.split_rows(
         shards.tokens, run.special_ids, run.config.cache.held_out
@@ -94,7 +99,12 @@ def train(run: Run) -> Sae:
         checkpoint_steps=settings.checkpoint_every,
         device=run.model.device,
     )
+    if (run.path / "features.sqlite").exists() and run.index.meta["sae_hash"] != trained.hash:
+        # They tell of another SAE: a feature's number would mean something else in them.
+        (run.path / "features.sqlite").unlink()
+        (run.path / "evaluation.json").unlink(missing_ok=True)
     trained.save(run.path / "sae")
+    run.save_config()
     run.refresh()
     return trained
 
@@ -115,6 +125,7 @@ def evaluate(run: Run, *, text: str | None = None, tokens: int = 200_000) -> dic
         list(_batches(run, text, tokens, held_out=True)),
         special_ids=run.special_ids,
     )
+    figures["text"] = text or "held-out activations of the run"
     write_json(run.path / "evaluation.json", figures)
     return figures
 
@@ -182,6 +193,7 @@ def _batches(run: Run, text: str | None, tokens: int, *, held_out: bool) -> Iter
     """Contexts with activations: from the cache, or from `text` straight through the model."""
     if text is None and _has_cache(run):
         shards = run.shards
+        shards.verify()
         first = 0
         if held_out:
             first = rows.first_held_out(shards.n_contexts, run.config.cache.held_out)

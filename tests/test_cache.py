@@ -187,7 +187,7 @@ def test_a_shorter_text_is_cached_whole_and_said(tmp_path):
 
 def test_two_at_once_the_second_is_refused(tmp_path):
     def second():
-        with pytest.raises(CacheError, match="another process is caching"):
+        with pytest.raises(RunError, match="another process is writing"):
             cached(tmp_path)
         yield from contexts()
 
@@ -295,7 +295,7 @@ def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path):
 def test_the_one_who_is_caching_is_named(tmp_path):
     def second():
         for _ in range(2):  # asking must not wipe the name out
-            with pytest.raises(CacheError, match=rf"process id {os.getpid()}\)"):
+            with pytest.raises(RunError, match=rf"process id {os.getpid()}\)"):
                 cached(tmp_path)
         yield from contexts()
 

@@ -72,6 +72,14 @@ def test_train_then_eval_index_search_feature(capsys, small_config, tmp_path):
     code, out, _ = run(capsys, f"feature {tmp_path / 'r'} {hits[0]['id']}")
     assert code == 0 and "strongest examples" in out
     assert json.loads(run(capsys, f"feature {tmp_path / 'r'} 3 --json")[1])["id"] == 3
+    separator = f"cache {made} --run {tmp_path / 's'} --document-separator XX"
+    assert run(capsys, separator)[0] == 0
+    assert config.read(tmp_path / "s/config.toml").text.document_separator == "XX"
+    moved = shutil.move(tmp_path / "r", tmp_path / "moved")
+    shutil.rmtree(tmp_path / "moved" / "sae")
+    assert run(capsys, f"train {moved}")[0] == 0
+    assert (tmp_path / "moved/sae").exists() and not (tmp_path / "r").exists()
+    moved = shutil.move(tmp_path / "moved", tmp_path / "r")
     # every command after train needs the run folder alone, train itself included
     assert run(capsys, f"train {tmp_path / 'r'}")[0] == 0
 
@@ -146,6 +154,11 @@ def test_a_vector_from_pairs(capsys, folder, tmp_path):
         ("train {tmp}/short.toml", "context"),
         ("train {tmp}/empty.toml", "empty.txt"),
         ("train {tmp}/readonly.toml", "cannot write"),
+        ("steer {run} --clamp 3=1e39 --prompt x", "beyond what activations can hold"),
+        ("steer {run} --clamp 3=1 --clamp 03=2 --prompt x", "given twice"),
+        ("steer {run} --clamp 3=1 --prompt x --temperature nan", "temperature nan"),
+        ("train {run} --train.batch-size 0", "train.batch_size is 0; expected at least 1"),
+        ("train {run} --cache.held-out 1.5", "cache.held_out is 1.5"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(

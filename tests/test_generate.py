@@ -48,7 +48,8 @@ def test_gumbel_noise_samples_the_softmax():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"temperature": -1.0}, "below 0"),
+        ({"temperature": -1.0}, "not between 0 and 100"),
+        ({"temperature": float("nan")}, "not between 0 and 100"),
         ({"max_new_tokens": 0}, "expected 1 or more"),
         ({"max_new_tokens": 1000}, "do not fit into the model's 128 positions"),
         ({"seed": [1, 2]}, "2 seeds for 3 prompts"),

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
 
 import saesteer
 from saesteer import stages
+from saesteer.core.files import alone
 from saesteer.core.hooks import activations
 from saesteer.core.model import HookPoint
 from saesteer.core.sae import Sae
@@ -19,6 +21,7 @@ from saesteer.errors import (
     IndexingError,
     RunError,
     SaeError,
+    SaesteerError,
     SteeringError,
     TextError,
 )
@@ -120,7 +123,8 @@ def test_generation_is_seeded_and_the_model_is_left_as_it_was(opened, fired):
     assert opened.generate([PROMPT, PROMPT], seed=[3, 3]) == [baseline, baseline]
 
 
-def test_a_vector_is_fitted_kept_and_used(opened, tmp_path):
+def test_a_vector_is_fitted_kept_and_used(own, tmp_path):
+    opened = own
     pairs = tmp_path / "pairs.jsonl"
     rows = corpus.pairs("sea", 32, seed=0)
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -233,3 +237,64 @@ def saesteer_config(base, folder, **changes):
         name: dataclasses.replace(getattr(base, name), **values) for name, values in changes.items()
     }
     return dataclasses.replace(base, run=str(folder / "run"), **tables)
+
+
+@pytest.fixture
+def own(small_run, tmp_path):
+    """A copy of the small run, moved to another folder, that a test may change."""
+    shutil.copytree(small_run.path, tmp_path / "run")
+    config = dataclasses.replace(small_run.config, run=str(tmp_path / "run"))
+    return Run(tmp_path / "run", config)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cache": {"hook_point": "layers.9.resid_post"}},
+        {"sae": {"d_sae": 32}},
+        {"train": {"lr": float("nan")}},
+        {"train": {"batch_size": 0}},
+    ],
+)
+def test_a_refused_command_leaves_the_run_as_it_was(own, small_config, tmp_path, change):
+    before = {p: p.read_bytes() for p in own.path.rglob("*") if p.is_file()}
+    with pytest.raises(SaesteerError):
+        stages.train(Run.create(saesteer_config(small_config, tmp_path, **change)))
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_an_index_of_the_sae_before_goes_when_another_is_trained(own, small_config, tmp_path):
+    shutil.rmtree(own.path / "checkpoints")
+    stages.train(Run.create(saesteer_config(small_config, tmp_path, train={"seed": 7})))
+    with pytest.raises(IndexingError, match="saesteer index"):
+        Run.open(own.path).search("boat")
+
+
+def test_training_the_same_again_keeps_the_index(own, small_config, tmp_path):
+    stages.train(Run.create(saesteer_config(small_config, tmp_path)))
+    assert Run.open(own.path).search("boat")
+
+
+def test_damaged_activations_are_not_indexed(own):
+    path = next((own.path / "activations").glob("*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CacheError, match="damaged"):
+        stages.index(own)
+
+
+def test_two_trainings_at_once_the_second_is_refused(own):
+    with alone(own.path / "checkpoints"), pytest.raises(RunError, match="another process"):
+        stages.train(own)
+
+
+def test_strengths_that_overflow_are_refused(opened, fired):
+    with pytest.raises(SteeringError, match="beyond what activations can hold"):
+        opened.edits(add={fired: 1e39})
+
+
+def test_evaluation_names_its_text(opened, stories):
+    figures = stages.evaluate(opened, text=str(stories), tokens=500)
+    assert figures["text"] == str(stories)
+    assert stages.evaluate(opened)["text"] == "held-out activations of the run"

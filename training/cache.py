@@ -1,10 +1,7 @@
 """From contexts to shards of activations: resumable, and found again by what made them."""
 
-import fcntl
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from saesteer.core.files import alone
 from saesteer.core.hooks import activations
 from saesteer.core.model import HookPoint
 from saesteer.core.progress import progress
@@ -26,7 +24,7 @@ from saesteer.core.shards import (
     write_manifest,
     write_shard,
 )
-from saesteer.errors import CacheError, RunError, TextError, did_you_mean
+from saesteer.errors import CacheError, TextError, did_you_mean
 from saesteer.training.packing import Context
 
 # Bytes of activations a shard: what is lost when a run is killed, and what is held in memory.
@@ -127,7 +125,7 @@ def cache_activations(
         )
     made_from = {**made_from, "dtype": dtype, "n_contexts": n_contexts}
     a_shard = max(1, SHARD_BYTES // (context_size * d_model * DTYPES[dtype].itemsize))
-    with _alone(folder):
+    with alone(folder):
         for left in folder.glob(".*.partial"):  # by a process that was killed while it wrote
             left.unlink(missing_ok=True)
         manifest = read_manifest(folder)
@@ -255,33 +253,3 @@ def _check_same(before: Any, now: Any, folder: Path, name: str = "") -> None:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:99]}…"
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which ends with the process, however that ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a+")  # "w" would wipe out the holder's name
-    except OSError as error:
-        raise RunError(
-            f"cannot write to {folder}: {error.strerror}; choose a run folder that you can write to"
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise CacheError(
-                f"another process is caching into {folder} (process id {lock.read() or '?'}); "
-                "wait for it, or use another run folder"
-            ) from None
-        except OSError as error:
-            raise RunError(
-                f"{folder} can't be locked ({error.strerror}), so two runs could mix there; "
-                "choose a run folder on a local disk"
-            ) from error
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield

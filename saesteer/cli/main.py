@@ -1,5 +1,6 @@
 """`saesteer COMMAND …`: find the command, run it, and turn an error into one line."""
 
+import dataclasses
 import importlib
 import os
 import sys
@@ -27,6 +28,7 @@ COMMANDS = {
 
 # These take a Config, whose defaults stand in the file or run folder that is named first.
 FROM_FILE = ("cache", "train")
+ALIASES = {"--document-separator": "--text.document-separator"}
 
 
 def usage() -> str:
@@ -100,9 +102,12 @@ def call(name: str, arguments: Sequence[str]) -> None:
     if arguments and not arguments[0].startswith("-"):
         path = Path(arguments[0])
         default = config.read(path / "config.toml" if path.is_dir() else path)
+        if path.is_dir():  # a run that was moved, or is reached from another folder
+            default = dataclasses.replace(default, run=str(path))
         arguments = arguments[1:]
     elif not {"-h", "--help"} & set(arguments):
         raise ConfigError(f"saesteer {name} needs a TOML file or a run folder; see configs/")
+    arguments = [ALIASES.get(argument, argument) for argument in arguments]
     command(
         tyro.cli(
             config.Config, default=default, args=arguments, prog=prog, description=command.__doc__

@@ -133,6 +133,7 @@ def _settings(values: tuple[str, ...], option: str) -> list[tuple[str, str]]:
         if not (key and equals and strength):
             what = "NAME=STRENGTH" if option == "vector" else "FEATURE=STRENGTH"
             raise SteeringError(f"--{option} {value!r} is not {what}, such as 12=8x")
+        key = str(int(key)) if key.isdecimal() and option != "vector" else key
         if key in (k for k, _ in found):
             raise SteeringError(f"--{option} {key} is given twice; give it one strength")
         found.append((key, strength))
@@ -160,7 +161,10 @@ def _read_prompts(path: Path) -> list[str]:
             prompts.append(line)
             continue
         try:
-            prompts.append(json.loads(line)["prompt"])
+            found = json.loads(line)["prompt"]
+            if not isinstance(found, str):
+                raise TypeError
+            prompts.append(found)
         except (json.JSONDecodeError, KeyError, TypeError):
             raise TextError(
                 f'{path} line {number} is not a JSON object with a "prompt"; mend the line'

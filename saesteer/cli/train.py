@@ -17,7 +17,9 @@ def cache(config: Config) -> None:
     """Cache the activations that a configuration asks for; what is there already is kept."""
     from saesteer import stages
 
-    shards = stages.cache(Run.create(config))
+    run = Run.create(config)
+    shards = stages.cache(run)
+    run.save_config()
     print(f"{shards.n_tokens:,} tokens of {config.cache.hook_point} in {shards.folder}")
     print(f"next: saesteer train {config.run}")
 
@@ -29,7 +31,8 @@ def train(config: Config) -> None:
     run = Run.create(config)
     sae = stages.train(run)
     print(
-        f"{sae.architecture} SAE, {sae.d_sae} features at {sae.hook_point}, in {run.path / 'sae'}"
+        f"{config.sae.architecture} SAE, {sae.d_sae} features at {sae.hook_point}, "
+        f"in {run.path / 'sae'}"
     )
     print(f"next: saesteer eval {run.path} · saesteer index {run.path}")
 
@@ -91,7 +94,7 @@ def evaluation_table(figures: dict[str, Any]) -> str:
         return "– (the ablation does no harm)" if value is None else f"{value:.4f}"
 
     lines = [
-        f"on {figures['tokens']:,} tokens that were not trained on",
+        f"on {figures['tokens']:,} tokens ({figures['text']})",
         f"  explained variance   {figures['explained_variance']:.4f}  (FVU {figures['fvu']:.4f})",
         f"  L0                   {figures['l0']:.2f}",
         f"  dead features        {figures['dead_fraction']:.2%}",

@@ -1,6 +1,7 @@
 """Write aside, then rename: no reader ever meets half a file."""
 
 import errno
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -39,6 +40,40 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, aside and renamed."""
     with written_aside(path) as aside:
         aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which ends with the process, however that ends.
+
+    Raises:
+        RunError: another process holds it, or the folder can't be written or locked.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a+")  # "w" would wipe out the holder's name
+    except OSError as error:
+        raise RunError(
+            f"cannot write to {folder}: {error.strerror}; choose a run folder that you can write to"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise RunError(
+                f"another process is writing to {folder} (process id {lock.read() or '?'}); "
+                "wait for it, or use another run folder"
+            ) from None
+        except OSError as error:
+            raise RunError(
+                f"{folder} can't be locked ({error.strerror}), so two runs could mix there; "
+                "choose a run folder on a local disk"
+            ) from error
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
 
 
 def _run_error(path: Path, error: OSError) -> RunError:

@@ -12,7 +12,7 @@ import torch
 from torch import LongTensor, Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from saesteer.errors import TextError
+from saesteer.errors import SteeringError, TextError
 
 
 class GumbelRows(LogitsProcessor):
@@ -32,6 +32,16 @@ class GumbelRows(LogitsProcessor):
         )
         gumbel = -torch.log(-torch.log(noise.clamp_min(1e-300)))
         return scores.double() / self._temperature + gumbel.to(scores.device)
+
+
+def _finite(input_ids: LongTensor, scores: Tensor) -> Tensor:
+    """Refuse to pick a token from logits that are no numbers: generate would do so silently."""
+    if bool(torch.isnan(scores).any()):
+        raise SteeringError(
+            "the model's logits are NaN: a strength is too large for its number type, or its "
+            "weights are damaged; lower the strength or load it with --dtype float32"
+        )
+    return scores
 
 
 def prompt_ids(
@@ -77,8 +87,8 @@ def generate(
     seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
     if len(seeds) != len(prompts):
         raise TextError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one seed a prompt")
-    if temperature < 0:
-        raise TextError(f"temperature {temperature:g} is below 0; 0 is greedy, 1 samples")
+    if not 0 <= temperature <= 100:
+        raise TextError(f"temperature {temperature:g} is not between 0 and 100; 0 is greedy")
     if max_new_tokens < 1:
         raise TextError(f"max_new_tokens is {max_new_tokens}; expected 1 or more")
     rows, pad = prompt_ids(tokenizer, prompts, prepend_bos=prepend_bos)
@@ -93,7 +103,7 @@ def generate(
     mask = torch.tensor(
         [[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device
     )
-    sampling = [GumbelRows(seeds, temperature)] if temperature > 0 else []
+    sampling = [_finite, *([GumbelRows(seeds, temperature)] if temperature > 0 else [])]
     with torch.no_grad():
         out = model.generate(
             input_ids=ids,

@@ -17,6 +17,9 @@ from saesteer.core.sae import Sae
 from saesteer.errors import FeatureError, SteeringError, did_you_mean
 from saesteer.steering.positions import Positions
 
+# Squares of larger numbers overflow float32, in which edits and norms are computed.
+LARGEST = 1e15
+
 How = Literal["set", "min", "max", "scale"]
 
 
@@ -108,6 +111,10 @@ def _finite(value: float, what: str) -> float:
         raise SteeringError(f"the {what} is {value!r}: a plain number is needed") from None
     if not math.isfinite(number):
         raise SteeringError(f"the {what} is {number}: a finite number is needed")
+    if abs(number) > LARGEST:
+        raise SteeringError(
+            f"the {what} is {number:g}, beyond what activations can hold; {LARGEST:g} is the most"
+        )
     return number
 
 
