@@ -1,8 +1,7 @@
 """The concepts of the planted language, and the English words each brings to a story.
 
 A concept fills five kinds of slot: subject, verb, object, place, adjective. No word belongs to two
-concepts. A subject after "+" is plural ("the sailors were"). The first word of a concept's `words`
-order is not special: a concept's name is one of its own words.
+concepts. A subject after "+" is plural ("the sailors were"). A concept's name is one of its words.
 """
 
 from dataclasses import dataclass
