@@ -11,6 +11,7 @@ import torch
 
 from saesteer import config, stages
 from saesteer.run import Run
+from saesteer.training import text
 
 MODEL, TEXT = (os.environ.get(f"SAESTEER_TEST_{what}") for what in ("MODEL", "TEXT"))
 pytestmark = pytest.mark.skipif(
@@ -45,21 +46,19 @@ def test_the_sae_reconstructs_and_fires_as_often_as_asked(run):
 
 
 def test_a_row_of_the_cache_leads_back_to_its_text(run):
-    from saesteer.training import text
-
-    documents = list(islice(text.documents(TEXT), 200))
     shards = run.shards
-    for row in (300, 7_000, 50_001):
-        position = row % shards.context_size
+    documents = list(islice(text.documents(TEXT), int(shards.documents.max()) + 1))
+    checked = 0
+    for row in range(300, shards.n_tokens, 5_003):
+        context = row // shards.context_size
         document = shards.documents.reshape(-1)[row]
         if document < 0:
             continue
-        same = shards.documents[row // shards.context_size] == document
-        piece = shards.tokens[row // shards.context_size][same]
+        piece = shards.tokens[context][shards.documents[context] == document]
         decoded = run.tokenizer.decode(piece.tolist(), skip_special_tokens=True).strip()
-        assert (decoded and decoded in " ".join(documents[document].split())) or (
-            decoded in documents[document]
-        ), position
+        assert decoded and decoded in documents[document]
+        checked += 1
+    assert checked >= 5
 
 
 def test_everyday_words_find_features_that_fire_on_them(run):
