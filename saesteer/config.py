@@ -6,6 +6,7 @@ Every table of the file is a dataclass here; the text below a field is its help 
 import dataclasses
 import math
 import tomllib
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ class CacheConfig:
     """Contexts a forward pass; found by itself where not given."""
     held_out: float = 0.05
     """Share of the contexts, the last ones, that training never sees; evaluation uses them."""
+    also: tuple[str, ...] = ()
+    """More hook points to cache in the same pass."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,33 @@ class SaeConfig:
     source: str | None = None
     """An SAE that someone else trained: release/id, Hub repo or folder. Then nothing is trained."""
     architecture: str = "batchtopk"
-    """topk or batchtopk."""
+    """topk, batchtopk, matryoshka, jumprelu, gated or standard."""
     d_sae: int = 2048
     """Number of features."""
     k: int = 16
-    """Features that fire on a token (on average, for batchtopk)."""
+    """Features that fire on a token: topk; on average: batchtopk, matryoshka."""
+    sparsity: float | None = None
+    """Weight of the penalty on what fires: jumprelu (L0), gated and standard (L1)."""
+    widths: tuple[int, ...] = ()
+    """Ends of matryoshka's nested dictionaries, d_sae last; by default 1/16, 1/8, … of it."""
+    hook_point_out: str = ""
+    """Makes it a transcoder: it reads at cache.hook_point and predicts what is there."""
+    skip: bool = False
+    """A transcoder that also has a linear path past its features."""
+
+
+@dataclass(frozen=True)
+class RowsConfig:
+    """Which tokens' activations are trained on, and where they come from."""
+
+    live: bool = False
+    """Straight from the model through a shuffled buffer: nothing is cached on disk."""
+    buffer: int = 512
+    """Contexts a block of that buffer, which mixes two blocks at a time."""
+    special_tokens: bool = False
+    """Train on BOS, EOS and padding too."""
+    max_norm: float | None = None
+    """Leave out tokens whose norm is more than so many times the median (cached ones only)."""
 
 
 @dataclass(frozen=True)
@@ -83,19 +108,51 @@ class TrainConfig:
     tokens: int = 4_000_000
     """Tokens to train on; more than are cached means several passes, each in another order."""
     batch_size: int = 4096
-    """Tokens a step."""
+    """Tokens a step, over all processes."""
     lr: float = 1e-3
     """Peak learning rate of Adam."""
     warmup: float = 0.05
     """Share of the steps over which the learning rate rises."""
     decay: float = 0.2
     """Share of the steps, the last ones, over which it falls to 0."""
+    sparsity_warmup: float = 0.1
+    """Share of the steps over which the penalty on what fires rises."""
+    aux: float = 1 / 32
+    """Weight of the loss that lets dead features explain what is left (AuxK)."""
+    dead_after: int | None = None
+    """Tokens without firing after which a feature is dead; by default 5% of all, 10 M at most."""
+    b_dec_init: str = "mean"
+    """Where the decoder's bias starts: mean or geometric_median of the activations."""
+    products: str = "auto"
+    """What large products are made in: float32, bfloat16, or auto (as the hardware gains)."""
     seed: int = 0
     """Seed of the weights and of the order of the tokens."""
+    share: str = "rows"
+    """What processes of torchrun share: rows of a batch, or features (for huge dictionaries)."""
     log_every: int = 50
     """Steps between two lines of metrics.jsonl."""
+    log_to: tuple[str, ...] = ()
+    """Where else to log: tensorboard, wandb."""
     checkpoint_every: int = 1000
     """Steps between two checkpoints."""
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """What `saesteer sweep` varies: every combination of these is trained on one stream."""
+
+    architecture: tuple[str, ...] = ()
+    """As in [sae]; empty: what stands there."""
+    d_sae: tuple[int, ...] = ()
+    """As in [sae]."""
+    k: tuple[int, ...] = ()
+    """As in [sae]."""
+    sparsity: tuple[float, ...] = ()
+    """As in [sae]."""
+    lr: tuple[float, ...] = ()
+    """As in [train]."""
+    seed: tuple[int, ...] = ()
+    """As in [train]; the order of the tokens stays that of train.seed."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +165,9 @@ class Config:
     text: TextConfig = field(default_factory=TextConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     sae: SaeConfig = field(default_factory=SaeConfig)
+    rows: RowsConfig = field(default_factory=RowsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
 def read(path: Path) -> Config:
@@ -160,13 +219,20 @@ def check_ranges(config: Config) -> None:
         ("train.lr", train.lr, 1e-12, 1e3),
         ("train.warmup", train.warmup, 0, 1),
         ("train.decay", train.decay, 0, 1),
+        ("train.sparsity_warmup", train.sparsity_warmup, 0, 1),
+        ("train.aux", train.aux, 0, math.inf),
         ("train.seed", train.seed, 0, 2**63 - 1),
+        ("rows.buffer", config.rows.buffer, 1, math.inf),
         ("train.log_every", train.log_every, 1, math.inf),
         ("train.checkpoint_every", train.checkpoint_every, 1, math.inf),
     ):
         if not low <= value <= high:  # also where the value is nan
             most = "" if high == math.inf else f" and at most {high:g}"
             raise ConfigError(f"{key} is {value:g}; expected at least {low:g}{most}")
+    if train.share not in ("rows", "features"):
+        raise ConfigError(f"train.share is {train.share!r}; expected 'rows' or 'features'")
+    if config.rows.live and config.rows.max_norm is not None:
+        raise ConfigError("rows.max_norm needs cached activations; set rows.live to false")
 
 
 def _build(kind: type, values: dict[str, Any], where: str) -> Any:
@@ -186,7 +252,10 @@ def _build(kind: type, values: dict[str, Any], where: str) -> Any:
                 )
             arguments[key] = _build(expected, value, f"{where} [{key}]")  # type: ignore[arg-type]
             continue
-        if expected is float and type(value) is int:
+        if typing.get_origin(expected) is tuple:
+            arguments[key] = _items(value, typing.get_args(expected)[0], f"{where}: {key}")
+            continue
+        if expected in (float, float | None) and type(value) is int:
             value = float(value)
         # bool is an int to isinstance, but `tokens = true` is a mistake
         if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
@@ -196,7 +265,24 @@ def _build(kind: type, values: dict[str, Any], where: str) -> Any:
     return kind(**arguments)
 
 
-def _toml(value: str | bool | int | float) -> str:
+def _items(values: Any, kind: type, where: str) -> tuple[Any, ...]:
+    if not isinstance(values, list):
+        raise ConfigError(f"{where} = {values!r} is not a list; write [{_toml_or_repr(values)}]")
+    if kind is float:
+        values = [float(value) if type(value) is int else value for value in values]
+    for value in values:
+        if type(value) is not kind:
+            raise ConfigError(f"{where}: {value!r} is not a {kind.__name__}")
+    return tuple(values)
+
+
+def _toml_or_repr(value: Any) -> str:
+    return _toml(value) if isinstance(value, str | bool | int | float) else "…"
+
+
+def _toml(value: str | bool | int | float | tuple[Any, ...]) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(_toml(item) for item in value)}]"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):

@@ -263,7 +263,7 @@ class Run:
         found: list[Edit] = [Clamp(self.sae, f, raw(f, v)) for f, v in (clamp or {}).items()]
         for feature, value in (add or {}).items():
             row = self.sae.direction(feature)
-            found.append(Add(row, raw(feature, value), self.sae.hook_point))
+            found.append(Add(row, raw(feature, value), self.sae.write_point))
         for name, value in (vector or {}).items():
             direction = self.load_vector(name)
             times = value.strip().lower().removesuffix("x") if isinstance(value, str) else value

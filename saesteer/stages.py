@@ -1,36 +1,47 @@
 """The stages that fill a run, each resting on the ones before: cache, train, evaluate, index."""
 
+import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from saesteer.config import Config
 from saesteer.core.blocks import d_model, site_module
-from saesteer.core.files import alone, write_json
-from saesteer.core.model import HookPoint, fingerprint
-from saesteer.core.sae import Sae
+from saesteer.core.files import write_json
+from saesteer.core.model import EMBEDDED, HookPoint, fingerprint
 from saesteer.core.shards import ContextBatch, Shards
 from saesteer.directions import Direction, mean_difference
 from saesteer.directions.pairs import read_pairs
+from saesteer.effects import planted_recovery
 from saesteer.errors import CacheError, ConfigError
 from saesteer.features.build import build_index
 from saesteer.features.search import Index
 from saesteer.run import Run
 from saesteer.training import cache as caching
 from saesteer.training import evaluate as evaluation
-from saesteer.training import loop, packing, rows
+from saesteer.training import packing, rows
 from saesteer.training import text as reading
+from saesteer.training.ranks import ALONE, Ranks
 
 
-def cache(run: Run) -> Shards:
+def cache(run: Run, ranks: Ranks = ALONE) -> list[Shards]:
     """Cache the activations that the configuration asks for; keep what is there.
+
+    Args:
+        ranks: the processes that share the work; all must call this.
+
+    Returns:
+        The cache at the hook point and, for a transcoder, that at its output. Those of
+        `cache.also` are made too, in the same pass, and lie beside them.
 
     Raises:
         TextError, CacheError, HookPointError, RunError: see `training.cache` and `.text`.
     """
-    about, source = run.config.cache, _text_source(run)
-    site_module(run.model, run.hook_point)  # a wrong hook point is told before anything runs
-    _check_context_size(run, about.context_size)
+    about, source = run.config.cache, text_source(run)
+    points = hook_points(run)
+    places = list(dict.fromkeys([*points, *map(HookPoint.parse, about.also)]))
+    check_points(run, places)
     made_from = {
         "model": run.config.model.id,
         "revision": run.config.model.revision,
@@ -44,7 +55,7 @@ def cache(run: Run) -> Shards:
     return caching.cache_activations(
         run.model,
         lambda: packing.pack(reading.documents(**source), run.tokenizer, about.context_size),
-        run.hook_point,
+        places,
         run.path / "activations",
         n_contexts=max(1, about.tokens // about.context_size),
         context_size=about.context_size,
@@ -52,80 +63,65 @@ def cache(run: Run) -> Shards:
         dtype=about.dtype,
         made_from=made_from,
         batch_size=about.batch_size,
-    )
+        ranks=ranks,
+    )[: len(points)]
 
 
-def train(run: Run) -> Sae:
-    """Cache what is missing and train the SAE; a killed run goes on where it stopped.
+def hook_points(run: Run) -> list[HookPoint]:
+    """Where the SAE reads and, for a transcoder, where it writes."""
+    out = run.config.sae.hook_point_out
+    return [run.hook_point, *([HookPoint.parse(out)] if out else [])]
+
+
+def check_points(run: Run, points: Sequence[HookPoint]) -> None:
+    """Tell a wrong hook point or context size before anything runs.
 
     Raises:
-        TrainingError: bad settings, or a loss that is not finite.
-        TextError, CacheError, HookPointError, RunError: see `cache`.
+        HookPointError: the model doesn't have one of the points.
+        ConfigError: a context doesn't fit into the model.
     """
-    shards = cache(run)
-    with alone(run.path / "checkpoints"):
-        return _fit(run, shards)
+    for point in points:
+        site_module(run.model, point)
+    _check_context_size(run, run.config.cache.context_size)
 
 
-def _fit(run: Run, shards: Shards) -> Sae:
-    settings, sae = run.config.train, run.config.sae
-    train_rows, held_out_rows = rows.split_rows(
-        shards.tokens, run.special_ids, run.config.cache.held_out
-    )
-    steps = max(1, settings.tokens // settings.batch_size)
-    trained = loop.fit(
-        shards,
-        train_rows,
-        held_out_rows,
-        architecture=sae.architecture,
-        d_sae=sae.d_sae,
-        k=sae.k,
-        steps=steps,
-        batch_size=settings.batch_size,
-        identity={
-            "hook_point": run.hook_point,
-            "model_id": run.config.model.id,
-            "model_fingerprint": fingerprint(run.model),
-            "prepend_bos": run.tokenizer.bos_token_id is not None,
-            "context_size": shards.context_size,
-        },
-        lr=settings.lr,
-        warm_up_steps=int(settings.warmup * steps),
-        decay=settings.decay,
-        seed=settings.seed,
-        checkpoints=run.path / "checkpoints",
-        metrics=run.path / "metrics.jsonl",
-        log_every=settings.log_every,
-        checkpoint_steps=settings.checkpoint_every,
-        device=run.model.device,
-    )
-    if (run.path / "features.sqlite").exists() and run.index.meta["sae_hash"] != trained.hash:
-        # They tell of another SAE: a feature's number would mean something else in them.
-        (run.path / "features.sqlite").unlink()
-        (run.path / "evaluation.json").unlink(missing_ok=True)
-    trained.save(run.path / "sae")
-    run.save_config()
-    run.refresh()
-    return trained
+def live_held_out(config: Config) -> int:
+    """Contexts held out, the text's first, where activations come straight from the model."""
+    contexts = config.cache.tokens // config.cache.context_size
+    return min(512, max(1, math.ceil(config.cache.held_out * contexts)))
 
 
-def evaluate(run: Run, *, text: str | None = None, tokens: int = 200_000) -> dict[str, Any]:
+def evaluate(
+    run: Run, *, text: str | None = None, tokens: int = 200_000, seed: int = 0
+) -> dict[str, Any]:
     """Measure the SAE on held-out text; the figures are also kept in evaluation.json.
+
+    They are those of `training.evaluate`, with text (what it was measured on), sae_hash (of what
+    was measured) and, on the embedded model, planted (see `effects.planted_recovery`).
 
     Args:
         text: a file, folder or `datasets` name; by default the run's held-out activations.
-        tokens: at most so many tokens.
+        tokens: at most so many tokens; the baselines are fitted on as many of the training ones.
+        seed: of the random dictionary and the planted stories.
 
     Raises:
         SaeError: no SAE. CacheError, TextError: nothing to measure it on.
     """
+    sae, training = run.sae, None
+    if _has_cache(run):
+        first = rows.first_held_out(run.shards.n_contexts, run.config.cache.held_out)
+        training = run.shards.contexts(0, min(first, math.ceil(tokens / run.shards.context_size)))
     figures = evaluation.evaluate(
         run.model,
-        run.sae,
+        sae,
         list(_batches(run, text, tokens, held_out=True)),
         special_ids=run.special_ids,
+        training=training,
+        seed=seed,
     )
-    figures["text"] = text or "held-out activations of the run"
+    figures |= {"text": text or "held-out activations of the run", "sae_hash": sae.hash}
+    if run.config.model.id == EMBEDDED:
+        figures["planted"] = dataclasses.asdict(planted_recovery.measure(run.model, sae, seed=seed))
     write_json(run.path / "evaluation.json", figures)
     return figures
 
@@ -170,7 +166,8 @@ def _has_cache(run: Run) -> bool:
     return (run.path / "activations" / "manifest.json").exists()
 
 
-def _text_source(run: Run, source: str | None = None) -> dict[str, str]:
+def text_source(run: Run, source: str | None = None) -> dict[str, str]:
+    """The arguments of `training.text.documents` for the run's text, or for another source."""
     about = run.config.text
     return {
         "source": source or about.source,
@@ -200,6 +197,8 @@ def _batches(run: Run, text: str | None, tokens: int, *, held_out: bool) -> Iter
         most = math.ceil(tokens / shards.context_size)
         yield from shards.contexts(first, first + most)
         return
+    if text is None and held_out and run.config.rows.live:
+        tokens = min(tokens, live_held_out(run.config) * run.config.cache.context_size)
     source = text or run.config.text.source
     if not source:
         raise CacheError(
@@ -208,7 +207,7 @@ def _batches(run: Run, text: str | None, tokens: int, *, held_out: bool) -> Iter
     size = run.config.cache.context_size
     _check_context_size(run, size)
     contexts = packing.pack(
-        reading.documents(**_text_source(run, source)),
+        reading.documents(**text_source(run, source)),
         run.tokenizer,
         size,
         prepend_bos=run.sae.prepend_bos,

@@ -41,12 +41,12 @@ def small_config(stories, tmp_path_factory):
 @pytest.fixture(scope="session")
 def small_run(small_config):
     """A run with an SAE and an index, shared by the tests: read it, don't change it."""
-    from saesteer import stages
+    from saesteer import fitting, stages
     from saesteer.run import Run
 
     run = Run.create(small_config)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        stages.train(run)
+        fitting.train(run)
         stages.index(run)
     return run

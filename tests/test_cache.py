@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from saesteer.core import shard_files
 from saesteer.core.hooks import activations
 from saesteer.core.model import HookPoint
-from saesteer.core.shards import Shards, shard_name
+from saesteer.core.shard_files import shard_name
+from saesteer.core.shards import Shards
 from saesteer.errors import CacheError, RunError
-from saesteer.training import cache
+from saesteer.training import cache, cache_fill, cache_pass, cache_targets
 from saesteer.training.packing import Context
 from tests.tiny import WIDTH, tiny_model
 
@@ -40,6 +42,8 @@ def three_contexts_a_shard(monkeypatch):
 
 
 def cached(folder, model=None, stream=contexts, **changes):
+    """The cache of POINT alone, or of the `points` given: a list of them."""
+    points = changes.pop("points", None)
     settings = {
         "n_contexts": N,
         "context_size": SIZE,
@@ -48,9 +52,10 @@ def cached(folder, model=None, stream=contexts, **changes):
         "made_from": ABOUT,
         **changes,
     }
-    return cache.cache_activations(
-        model or tiny_model("llama"), stream, POINT, Path(folder), **settings
+    found = cache.cache_activations(
+        model or tiny_model("llama"), stream, points or [POINT], Path(folder), **settings
     )
+    return found if points else found[0]
 
 
 def everything(folder):
@@ -81,13 +86,35 @@ def test_straight_from_the_model_is_the_same_as_from_the_cache(tmp_path):
         np.testing.assert_array_equal(a.tokens, b.tokens)
 
 
-def test_statistics_leave_special_tokens_out(tmp_path):
-    shards = cached(tmp_path)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_statistics_are_those_of_the_stored_activations_of_plain_tokens(tmp_path, dtype):
+    shards = cached(tmp_path, dtype=dtype)
+    every = shards.rows(np.arange(shards.n_tokens)).double()
     plain = ~np.isin(shards.tokens.reshape(-1), ABOUT["special_ids"])
-    norms = shards.rows(np.flatnonzero(plain)).double().norm(dim=-1)
-    entries = shards.manifest["shards"]
-    assert sum(e["plain_tokens"] for e in entries) == plain.sum() == N * (SIZE - 1)
-    assert sum(e["norm_sum"] for e in entries) == pytest.approx(float(norms.sum()))
+    x = every[plain]
+    about = shards.statistics
+    assert about.tokens == plain.sum() == N * (SIZE - 1)
+    assert about.mean_norm == pytest.approx(float(x.norm(dim=1).mean()), rel=1e-6)
+    assert about.median_norm == pytest.approx(float(np.median(x.norm(dim=1))), rel=1e-6)
+    variance = (x - x.mean(0)).square().sum(1).mean()
+    assert about.variance == pytest.approx(float(variance), rel=1e-5)
+    torch.testing.assert_close(about.mean, x.mean(0), atol=1e-6, rtol=1e-5)
+    np.testing.assert_allclose(shards.norms.reshape(-1), every.norm(dim=1), rtol=1e-6)
+
+
+def test_the_median_s_sample_takes_every_position(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_files, "MEDIAN_TOKENS", 20)
+
+    def by_position():
+        for context in contexts():
+            context.tokens[1:] = np.arange(4, 4 + SIZE - 1)
+            yield context
+
+    shards = cached(tmp_path, stream=by_position)
+    norms = shards.norms[:, 1:]
+    assert shards.statistics.median_norm in norms
+    spread = np.ptp(norms[0])
+    assert abs(shards.statistics.median_norm - np.median(norms)) < 0.3 * spread
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -101,7 +128,7 @@ def test_dtypes_round_as_torch_does(tmp_path, dtype):
 
 def test_a_finished_cache_is_found_again_without_running_the_model(tmp_path, monkeypatch):
     cached(tmp_path)
-    monkeypatch.setattr(cache, "activations", lambda *_: pytest.fail("the model ran"))
+    monkeypatch.setattr(cache_pass, "activations", lambda *_: pytest.fail("the model ran"))
     assert cached(tmp_path).n_contexts == N
 
 
@@ -129,16 +156,16 @@ def test_sigkill_in_the_middle_then_again(tmp_path):
         import os, signal, sys
         sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
         from tests import test_cache
-        from saesteer.training import cache
+        from saesteer.training import cache, cache_fill
         cache.SHARD_BYTES = 3 * test_cache.SIZE * test_cache.WIDTH * 4
-        real, calls = cache.write_shard, []
+        real, calls = cache_fill.write_shard, []
         def write(*a):
             entry = real(*a)
             calls.append(a)
             if len(calls) == 2:
                 os.kill(os.getpid(), signal.SIGKILL)  # after the shard, before the manifest
             return entry
-        cache.write_shard = write
+        cache_fill.write_shard = write
         test_cache.cached({str(tmp_path / "killed")!r})
         """
     )
@@ -156,9 +183,9 @@ def test_a_damaged_shard_alone_is_made_again(tmp_path, monkeypatch):
     path = tmp_path / shard_name(2)
     path.write_bytes(before[shard_name(2)][:-1] + b"\x55")
     written = []
-    real = cache.write_shard
+    real = cache_fill.write_shard
     monkeypatch.setattr(
-        cache, "write_shard", lambda *args: (written.append(args[1]), real(*args))[1]
+        cache_fill, "write_shard", lambda *args: (written.append(args[1]), real(*args))[1]
     )
     cached(tmp_path)
     assert written == [2]
@@ -306,7 +333,7 @@ def test_the_one_who_is_caching_is_named(tmp_path):
 @pytest.mark.parametrize("large", [False, True])
 def test_checking_a_large_cache_is_shown(tmp_path, monkeypatch, capsys, large):
     cached(tmp_path)
-    monkeypatch.setattr(cache, "SHOWN_BYTES", 0 if large else 2**30)
+    monkeypatch.setattr(cache_targets, "SHOWN_BYTES", 0 if large else 2**30)
     capsys.readouterr()
     cached(tmp_path)
     assert ("verify" in capsys.readouterr().err) == large

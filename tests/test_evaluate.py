@@ -15,7 +15,9 @@ from saesteer.core.model import HookPoint
 from saesteer.core.sae import Conventions, Sae
 from saesteer.core.shards import ContextBatch
 from saesteer.errors import TrainingError
-from saesteer.training.evaluate import evaluate
+from saesteer.training import baselines
+from saesteer.training import evaluate as evaluation
+from saesteer.training.evaluate import evaluate, nearest_cosine
 from tests.tiny import BOS, EOS, WIDTH, random_ids, tiny_model
 
 POINT = HookPoint(1, "resid_post")
@@ -94,8 +96,9 @@ def test_figures_agree_with_a_dense_recomputation(
     json.dumps(figures, allow_nan=False)
 
 
-def by_hand(model: Any, tokens: np.ndarray, make: Any) -> float:
-    """Cross-entropy with activations replaced by a hook of our own, counted in a plain loop."""
+def by_hand(model: Any, tokens: np.ndarray, make: Any) -> tuple[float, float]:
+    """Cross-entropy, and KL from the model itself, with activations replaced by a hook of our own,
+    counted in a plain loop."""
     ids = torch.from_numpy(tokens).long()
 
     def hook(module: Any, args: Any, output: Any) -> Any:
@@ -112,27 +115,45 @@ def by_hand(model: Any, tokens: np.ndarray, make: Any) -> float:
         logits = model(ids).logits
     finally:
         handle.remove()
-    losses = [
-        float(F.cross_entropy(logits[c, p], ids[c, p + 1]))
-        for c in range(CONTEXTS)
-        for p in range(SIZE - 1)
-        if int(ids[c, p + 1]) not in SPECIAL
-    ]
-    return sum(losses) / len(losses)
+    clean = model(ids).logits.double().log_softmax(-1)
+    logits = logits.double().log_softmax(-1)
+    losses, divergences = [], []
+    for c in range(CONTEXTS):
+        for p in range(SIZE - 1):
+            if int(ids[c, p + 1]) not in SPECIAL:
+                losses.append(-float(logits[c, p, ids[c, p + 1]]))
+                each = clean[c, p].exp() * (clean[c, p] - logits[c, p])
+                divergences.append(float(each.sum()))
+    return sum(losses) / len(losses), sum(divergences) / len(divergences)
 
 
 def test_losses_agree_with_a_splice_by_hand(model: Any, tokens: np.ndarray) -> None:
     sae = some_sae()
     figures = evaluate(model, sae, batches_of(model, tokens), special_ids=SPECIAL, batch_size=4)
     mean = plain_rows(model, tokens).mean(0)
+    fitted = baselines.moments((x, x) for x in [plain_rows(model, tokens)])
+    k = round(figures["l0"])
+    random = baselines.random_dictionary(fitted, sae.d_sae, k, seed=0, at=POINT)
+    pca = baselines.principal_components(fitted, k)
+    others = figures["baselines"]
     ways = {
-        "ce_clean": lambda x: x,
-        "ce_reconstructed": lambda x: sae.decode(sae.encode(x[None]), x[None])[0],
-        "ce_zero": torch.zeros_like,
-        "ce_mean": lambda x: mean,
+        "clean": (lambda x: x, figures["ce_clean"], 0.0),
+        "reconstructed": (
+            lambda x: sae.decode(sae.encode(x[None]), x[None])[0],
+            figures["ce_reconstructed"],
+            figures["kl"],
+        ),
+        "zero": (torch.zeros_like, figures["ce_zero"], figures["kl_zero"]),
+        "mean": (lambda x: mean, figures["ce_mean"], figures["kl_mean"]),
+        "random": (
+            lambda x: random.decode(random.encode(x[None]), x[None])[0],
+            others["random"]["ce_reconstructed"],
+            others["random"]["kl"],
+        ),
+        "pca": (lambda x: pca(x[None])[0], others["pca"]["ce_reconstructed"], others["pca"]["kl"]),
     }
-    for name, make in ways.items():
-        assert figures[name] == pytest.approx(by_hand(model, tokens, make), rel=1e-5), name
+    for name, (make, *found) in ways.items():
+        assert found == pytest.approx(by_hand(model, tokens, make), rel=1e-4, abs=1e-9), name
     assert figures["ce_tokens"] == figures["tokens"]  # each context's first token is BOS
     for kind, key in (("zero", "ce_recovered"), ("mean", "ce_recovered_mean")):
         worth = figures[f"ce_{kind}"] - figures["ce_clean"]
@@ -217,3 +238,97 @@ def test_bad_input_is_named(model: Any, tokens: np.ndarray) -> None:
     batch.activations[1, 4, 0] = math.nan
     with pytest.raises(TrainingError, match="hold NaN"):
         evaluate(model, some_sae(), [batch], special_ids=SPECIAL)
+
+
+def test_baselines_are_fitted_elsewhere_and_measured_here(model: Any, tokens: np.ndarray) -> None:
+    sae = some_sae(architecture="topk", k=5)
+    elsewhere = random_ids(20, SIZE, seed=9).numpy().astype(np.int32)
+    figures = evaluate(
+        model,
+        sae,
+        batches_of(model, tokens),
+        special_ids=SPECIAL,
+        training=iter(batches_of(model, elsewhere)),
+        seed=4,
+    )
+    x, other = plain_rows(model, tokens), plain_rows(model, elsewhere)
+    fitted = baselines.moments([(other, other)])
+    random = baselines.random_dictionary(fitted, sae.d_sae, 5, seed=4, at=POINT)
+    expected = {
+        "random": random.decode(random.encode(x), x),
+        "pca": baselines.principal_components(fitted, 5)(x),
+    }
+    for name, given in expected.items():
+        found = figures["baselines"][name]
+        fvu = float((x - given).square().sum() / (x - x.mean(0)).square().sum())
+        assert found["fvu"] == pytest.approx(fvu, rel=1e-3), name
+        assert found["explained_variance"] == pytest.approx(1 - fvu, abs=1e-3)
+        assert (found["l0"], found["fitted_on"]) == (5, "training tokens")
+        assert found["fitted_tokens"] == len(other)
+    here = evaluate(model, sae, batches_of(model, tokens), special_ids=SPECIAL)["baselines"]
+    assert here["pca"]["fitted_on"] == "the evaluated tokens"
+    assert here["pca"]["fvu"] < figures["baselines"]["pca"]["fvu"]
+
+
+def test_nearest_cosine_in_chunks_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = torch.randn(37, 8, generator=torch.Generator().manual_seed(0))
+    decoder[5] = 3 * decoder[30]
+    decoder[7] = 0
+    unit = F.normalize(decoder, dim=-1)
+    expected = (unit @ unit.T).fill_diagonal_(-2).max(-1).values
+    for chunk in (1, 100, 37 * 37, 2**24):
+        monkeypatch.setattr(evaluation, "_CHUNK", chunk)
+        torch.testing.assert_close(nearest_cosine(decoder), expected)
+    assert float(expected[5]) == pytest.approx(1) and float(expected[7]) == 0
+
+
+def test_nearest_cosines_are_listed_and_counted(model: Any, tokens: np.ndarray) -> None:
+    sae = some_sae()
+    figures = evaluate(model, sae, batches_of(model, tokens), special_ids=SPECIAL)
+    expected = nearest_cosine(sae.W_dec)
+    assert figures["nearest_cosine"] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert sum(figures["nearest_cosine_histogram"]["counts"]) == sae.d_sae
+    median = float(expected.double().quantile(0.5))
+    assert figures["nearest_cosine_quantiles"]["0.5"] == pytest.approx(median)
+    alone = sae_of(sae.W_enc[:, :1], sae.W_dec[:1], sae.b_dec)
+    figures = evaluate(model, alone, batches_of(model, tokens), special_ids=SPECIAL)
+    assert figures["nearest_cosine"] is None
+    json.dumps(figures, allow_nan=False)
+
+
+def test_a_transcoder_is_measured_where_it_writes(model: Any, tokens: np.ndarray) -> None:
+    """A random one from the stream to an MLP's output, against a splice by hand."""
+    out = HookPoint(1, "mlp_out")
+    ids = torch.from_numpy(tokens).long()
+    plain = torch.from_numpy(~np.isin(tokens, list(SPECIAL)))
+    read = HookPoint(1, "resid_pre")
+    both = activations(model, [read, out], ids)
+    x, y = both[read][plain], both[out][plain]
+    generator = torch.Generator().manual_seed(2)
+    W_enc = torch.randn(WIDTH, 20, generator=generator)
+    W_dec = torch.randn(20, WIDTH, generator=generator) * 0.05
+    sae = sae_of(W_enc, W_dec, y.mean(0), hook_point=read, hook_point_out=out)
+    batches = [ContextBatch(tokens, np.zeros_like(tokens), both[read], 0)]
+    figures = evaluate(model, sae, batches, special_ids=SPECIAL)
+    given = (x @ W_enc).relu() @ W_dec + y.mean(0)
+    fvu = float((y - given).square().sum() / (y - y.mean(0)).square().sum())
+    assert figures["fvu"] == pytest.approx(fvu, rel=1e-4)
+
+    def hook(module: Any, args: Any, output: Any) -> Any:
+        new = output.clone()
+        new[plain] = given
+        return new
+
+    handle = model.model.layers[1].mlp.register_forward_hook(hook)
+    try:
+        logits = model(ids).logits[:, :-1]
+    finally:
+        handle.remove()
+    counts = ~torch.isin(ids[:, 1:], torch.tensor(sorted(SPECIAL)))
+    loss = float(F.cross_entropy(logits[counts], ids[:, 1:][counts]))
+    assert figures["ce_reconstructed"] == pytest.approx(loss, rel=1e-5)
+    rank = round(figures["l0"])
+    fitted = baselines.moments([(x, y)])
+    best = baselines.principal_components(fitted, rank)(x)
+    pca = float((y - best).square().sum() / (y - y.mean(0)).square().sum())
+    assert figures["baselines"]["pca"]["fvu"] == pytest.approx(pca, rel=1e-3)

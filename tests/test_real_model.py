@@ -9,7 +9,7 @@ from itertools import islice
 import pytest
 import torch
 
-from saesteer import config, stages
+from saesteer import config, fitting, stages
 from saesteer.run import Run
 from saesteer.training import text
 
@@ -33,7 +33,7 @@ def run(tmp_path_factory):
             train=config.TrainConfig(tokens=300_000, batch_size=2048, lr=2e-3),
         )
     )
-    stages.train(made)
+    fitting.train(made)
     stages.index(made)
     return made
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import saesteer
-from saesteer import stages
+from saesteer import fitting, stages
 from saesteer.core.files import alone
 from saesteer.core.hooks import activations
 from saesteer.core.model import HookPoint
@@ -259,19 +259,19 @@ def own(small_run, tmp_path):
 def test_a_refused_command_leaves_the_run_as_it_was(own, small_config, tmp_path, change):
     before = {p: p.read_bytes() for p in own.path.rglob("*") if p.is_file()}
     with pytest.raises(SaesteerError):
-        stages.train(Run.create(saesteer_config(small_config, tmp_path, **change)))
+        fitting.train(Run.create(saesteer_config(small_config, tmp_path, **change)))
     assert {p: p.read_bytes() for p in before} == before
 
 
 def test_an_index_of_the_sae_before_goes_when_another_is_trained(own, small_config, tmp_path):
     shutil.rmtree(own.path / "checkpoints")
-    stages.train(Run.create(saesteer_config(small_config, tmp_path, train={"seed": 7})))
+    fitting.train(Run.create(saesteer_config(small_config, tmp_path, train={"seed": 7})))
     with pytest.raises(IndexingError, match="saesteer index"):
         Run.open(own.path).search("boat")
 
 
 def test_training_the_same_again_keeps_the_index(own, small_config, tmp_path):
-    stages.train(Run.create(saesteer_config(small_config, tmp_path)))
+    fitting.train(Run.create(saesteer_config(small_config, tmp_path)))
     assert Run.open(own.path).search("boat")
 
 
@@ -286,7 +286,7 @@ def test_damaged_activations_are_not_indexed(own):
 
 def test_two_trainings_at_once_the_second_is_refused(own):
     with alone(own.path / "checkpoints"), pytest.raises(RunError, match="another process"):
-        stages.train(own)
+        fitting.train(own)
 
 
 def test_strengths_that_overflow_are_refused(opened, fired):

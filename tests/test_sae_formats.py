@@ -12,8 +12,9 @@ from safetensors.torch import load, save_file
 
 from saesteer.core.model import HookPoint
 from saesteer.core.sae import Conventions, Sae, check_fits, load_sae
+from saesteer.core.sae_files import CHECKSUM
 from saesteer.errors import SaeError
-from tests.test_sae import D_IN, D_SAE, K, activations, make_sae
+from tests.test_sae import ARCHITECTURES, D_IN, D_SAE, K, activations, make_sae
 from tests.tiny import tiny_model
 
 # Importing sae_lens raises a warning of transformer_lens's; its SAEs warn of loading options.
@@ -26,6 +27,14 @@ pytestmark = [
 def saved(tmp_path: Path, kind: str = "topk", **changes: Any) -> Path:
     make_sae(kind, **changes).save(tmp_path / "sae")
     return tmp_path / "sae"
+
+
+def overwrite(weights: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Other weights, as if they had been saved: without the checksum of what was there."""
+    save_file(tensors, weights)
+    config = json.loads((weights.parent / "cfg.json").read_text())
+    config.pop(CHECKSUM, None)
+    (weights.parent / "cfg.json").write_text(json.dumps(config))
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -48,7 +57,7 @@ def refused(source: Path | str) -> str:
 # --- what is saved is what is loaded -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["standard", "topk", "jumprelu"])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_everything_survives_saving(tmp_path: Path, kind: str) -> None:
     sae = make_sae(
         kind,
@@ -80,7 +89,7 @@ def test_a_failed_save_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.Mo
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("saesteer.core.sae_formats.save_file", full)
+    monkeypatch.setattr("saesteer.core.sae_files.save_file", full)
     with pytest.raises(SaeError, match=r"cannot write .*No space"):
         make_sae("jumprelu").save(folder)
     assert load_sae(folder).hash == before
@@ -90,7 +99,7 @@ def test_a_failed_save_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.Mo
 def test_an_sae_saved_by_sae_lens_loads(tmp_path: Path) -> None:
     from sae_lens import SAE
 
-    for kind in ("standard", "topk", "jumprelu"):
+    for kind in ARCHITECTURES:
         sae = make_sae(kind)
         sae.save(tmp_path / "ours")
         SAE.load_from_disk(tmp_path / "ours").save_model(tmp_path / "theirs")
@@ -157,17 +166,17 @@ def test_an_unfolded_input_scale_is_folded_or_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"architecture": "gated"}, "'gated'"),
+        ({"architecture": "abstopk"}, "'abstopk'"),
         ({"architecture": "temporal"}, "'temporal'"),
         ({"architecture": "matching_pursuit"}, "'matching_pursuit'"),
-        ({"architecture": "transcoder"}, "'transcoder'"),
+        ({"architecture": "transcoder"}, "hook_name_out"),
         ({"architecture": None}, "no architecture"),
         ({"reshape_activations": "hook_z"}, "hook_z"),
         ({"normalize_activations": "covariance_whitening"}, "covariance_whitening"),
         ({"metadata": {"hook_name": "blocks.1.attn.hook_z"}}, "hook_z"),
         ({"metadata": {"hook_name": None}}, "hook point"),
         ({"metadata": {"hook_head_index": 3}}, "hook_head_index=3"),
-        ({"metadata": {"hook_name_out": "blocks.1.hook_mlp_out"}}, "transcoder"),
+        ({"metadata": {"hook_name_out": "blocks.1.hook_mlp_out"}}, "no transcoder"),
         (
             {"metadata": {"model_from_pretrained_kwargs": {"checkpoint_index": 4}}},
             "checkpoint_index=4",
@@ -198,13 +207,12 @@ def test_loading_options_that_leave_the_stream_alone_are_accepted(tmp_path: Path
 def test_old_activation_functions_and_scaling_factors_are_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path, "standard")
     tensors = load((folder / "sae_weights.safetensors").read_bytes())
-    save_file(tensors | {"scaling_factor": torch.ones(D_SAE)}, folder / "sae_weights.safetensors")
+    weights = folder / "sae_weights.safetensors"
+    overwrite(weights, tensors | {"scaling_factor": torch.ones(D_SAE)})
     load_sae(folder)  # all ones: it changes nothing
-    save_file(
-        tensors | {"scaling_factor": torch.full((D_SAE,), 2.0)}, folder / "sae_weights.safetensors"
-    )
+    overwrite(weights, tensors | {"scaling_factor": torch.full((D_SAE,), 2.0)})
     assert "finetuning scaling_factor" in refused(folder)
-    save_file(tensors, folder / "sae_weights.safetensors")
+    overwrite(weights, tensors)
     old = {"hook_point": "blocks.1.hook_resid_post", "activation_fn_str": "tanh-relu"}
     (folder / "cfg.json").write_text(json.dumps(old))
     assert "tanh-relu" in refused(folder)
@@ -227,13 +235,13 @@ def test_damaged_folders_are_one_line(tmp_path: Path) -> None:
     weights.unlink()
     assert "sae_weights.safetensors is missing" in refused(folder)
 
-    save_file({k: v for k, v in tensors.items() if k != "b_enc"}, weights)
+    overwrite(weights, {k: v for k, v in tensors.items() if k != "b_enc"})
     assert "lacks b_enc" in refused(folder)
-    save_file(tensors | {"r_mag": torch.ones(D_SAE)}, weights)
+    overwrite(weights, tensors | {"r_mag": torch.ones(D_SAE)})
     assert "r_mag" in refused(folder)
-    save_file(tensors | {"W_dec": tensors["W_dec"][:3].contiguous()}, weights)
+    overwrite(weights, tensors | {"W_dec": tensors["W_dec"][:3].contiguous()})
     assert "W_dec is of shape (3, 12)" in refused(folder)
-    save_file(tensors | {"b_dec": torch.full((D_IN,), math.nan)}, weights)
+    overwrite(weights, tensors | {"b_dec": torch.full((D_IN,), math.nan)})
     assert "b_dec holds NaN" in refused(folder)
     weights.write_bytes(whole)
 

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from saesteer.core.shards import ContextBatch, Shards, shard_name, write_manifest, write_shard
+from saesteer.core.shard_files import (
+    ContextBatch,
+    shard_name,
+    shard_tensors,
+    totalled,
+    write_manifest,
+    write_shard,
+)
+from saesteer.core.shards import Shards
 from saesteer.errors import CacheError, RunError
 
 CONTEXT, WIDTH = 5, 7
@@ -20,14 +28,16 @@ def made(folder, dtype=torch.float32, sizes=(3, 3, 2)):
     acts = torch.randn(n, CONTEXT, WIDTH, generator=generator).to(dtype)
     tokens = np.arange(n * CONTEXT, dtype=np.int32).reshape(n, CONTEXT)
     documents = (tokens // 7).astype(np.int32)
-    entries, first = [], 0
+    entries, parts, first = [], [], 0
     for number, size in enumerate(sizes):
         part = slice(first, first + size)
         batch = ContextBatch(tokens[part], documents[part], acts[part], first)
-        entries.append(write_shard(folder, number, batch))
+        parts.append(shard_tensors(batch))
+        entries.append(write_shard(folder, number, parts[-1]))
         first += size
     about = {"context_size": CONTEXT, "d_model": WIDTH, "hook_point": "layers.1.resid_post"}
-    write_manifest(folder, {**about, "complete": True, "shards": entries, "made_from": {}})
+    about |= {"made_from": {}, "statistics": totalled(parts, [], CONTEXT)}
+    write_manifest(folder, {**about, "complete": True, "shards": entries})
     return Shards(folder), acts, tokens, documents
 
 
@@ -110,7 +120,7 @@ def test_a_full_disk_leaves_what_was_written_whole(tmp_path, monkeypatch):
         np.zeros((1, CONTEXT), np.int32), np.zeros((1, CONTEXT), np.int32), torch.zeros(1, 5, 7), 0
     )
     with pytest.raises(RunError, match="disk is full"):
-        write_shard(tmp_path, 0, batch)
+        write_shard(tmp_path, 0, shard_tensors(batch))
     assert (tmp_path / shard_name(0)).read_bytes() == before
     assert not list(tmp_path.glob(".*partial"))
 
@@ -140,6 +150,25 @@ def test_a_manifest_that_does_not_fit_its_shards_is_refused(tmp_path, wrong):
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **wrong}))
     with pytest.raises(CacheError, match="acts-00000"):
+        Shards(tmp_path)
+
+
+@pytest.mark.parametrize("broken", [{}, {"mean": [1.0]}, {"mean": ["a"] * WIDTH}, {"tokens": None}])
+def test_damaged_statistics_are_refused(tmp_path, broken):
+    made(tmp_path)
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    statistics = {**manifest["statistics"], **broken} if broken else None
+    path.write_text(json.dumps({**manifest, "statistics": statistics}))
+    with pytest.raises(CacheError, match=r"statistics.*damaged.*cache again"):
+        Shards(tmp_path)
+
+
+def test_a_cache_of_the_format_before_is_to_be_made_again(tmp_path):
+    made(tmp_path)
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 1}))
+    with pytest.raises(CacheError, match=r"format 1, .* format 2; remove .* and cache again"):
         Shards(tmp_path)
 
 

@@ -30,7 +30,7 @@ CONVENTIONS: list[dict[str, Any]] = [
     {"normalize_activations": "constant_norm_rescale"},
     {"center_writing_weights": True},
 ]
-SAES = [(kind, c) for kind in ("standard", "topk", "jumprelu") for c in CONVENTIONS]
+SAES = [(kind, c) for kind in ("standard", "topk", "jumprelu", "gated") for c in CONVENTIONS]
 SAES += [("topk", {"rescale_acts_by_decoder_norm": True})]
 
 

@@ -143,7 +143,8 @@ def tiny_sae(
 ) -> Sae:
     """A random SAE, on which a feature fires on roughly half of a tiny model's tokens (TopK: 8).
 
-    architecture: "standard", "topk" or "jumprelu". Further keyword arguments are `Conventions`.
+    architecture: "standard", "topk", "jumprelu" or "gated". Further keyword arguments are
+    `Conventions`.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -160,6 +161,8 @@ def tiny_sae(
         model_id="tiny",
         k=8 if architecture == "topk" else None,
         threshold=normal(d_sae).abs() * 0.3 if architecture == "jumprelu" else None,
+        r_mag=normal(d_sae) * 0.3 if architecture == "gated" else None,
+        b_mag=normal(d_sae) * 0.1 if architecture == "gated" else None,
         conventions=Conventions(**conventions),
     )
 

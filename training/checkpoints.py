@@ -7,6 +7,7 @@ A folder is written aside and renamed; the two newest are kept, so that one dama
 some steps and not the run.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -43,13 +44,14 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, settings: dict[str, An
     facts = {"step": checkpoint.step, "seconds": checkpoint.seconds, "settings": settings}
     try:
         aside.mkdir(parents=True, exist_ok=True)
-        save_file(
+        data = save(
             {
                 name: tensor.detach().cpu().contiguous()
                 for name, tensor in checkpoint.tensors.items()
-            },
-            aside / _TENSORS,
+            }
         )
+        (aside / _TENSORS).write_bytes(data)
+        facts["sha256"] = hashlib.sha256(data).hexdigest()
         (aside / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         for path in (aside / _TENSORS, aside / _FACTS):
             with path.open("rb+") as file:
@@ -68,25 +70,31 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, settings: dict[str, An
         shutil.rmtree(old, ignore_errors=True)
 
 
-def latest_checkpoint(folder: Path, settings: dict[str, Any]) -> Checkpoint | None:
-    """The newest whole checkpoint, or None where there is none.
+def saved_checkpoint(folder: Path, step: int, settings: dict[str, Any]) -> Checkpoint | None:
+    """The checkpoint of a step, or None where it is damaged.
 
     Raises:
         TrainingError: it was made with other settings, each named.
     """
-    for path in reversed(_folders(folder)):
-        try:
-            facts = json.loads((path / _FACTS).read_text(encoding="utf-8"))
-            # Read, not memory-mapped: the file is deleted while training goes on.
-            tensors = load((path / _TENSORS).read_bytes())
-            found = Checkpoint(tensors, int(facts["step"]), float(facts["seconds"]))
-            made_with = dict(facts["settings"])
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            tqdm.write(f"checkpoint {path} is damaged ({error}); trying the one before")
-            continue
-        _check_settings(path, made_with, settings)
-        return found
-    return None
+    path = folder / f"step-{step:08d}"
+    try:
+        facts = json.loads((path / _FACTS).read_text(encoding="utf-8"))
+        # Read, not memory-mapped: the file is deleted while training goes on.
+        data = (path / _TENSORS).read_bytes()
+        if hashlib.sha256(data).hexdigest() != facts["sha256"]:
+            raise ValueError("its bytes are not those that were written")
+        found = Checkpoint(load(data), int(facts["step"]), float(facts["seconds"]))
+        made_with = dict(facts["settings"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        tqdm.write(f"checkpoint {path} is damaged ({error}); trying the one before")
+        return None
+    _check_settings(path, made_with, settings)
+    return found
+
+
+def steps_saved(folder: Path) -> list[int]:
+    """The steps of which there are checkpoints, oldest first."""
+    return [int(path.name.removeprefix("step-")) for path in _folders(folder)]
 
 
 def _folders(folder: Path) -> list[Path]:

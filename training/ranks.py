@@ -65,6 +65,10 @@ class Ranks:
         self.objects(None)
 
 
+# One process by itself.
+ALONE = Ranks()
+
+
 def join(device: str) -> tuple[Ranks, str]:
     """Join the processes that torchrun started, if it did; say on which device to work.
 
@@ -76,7 +80,7 @@ def join(device: str) -> tuple[Ranks, str]:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        return Ranks(), device
+        return ALONE, device
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)

@@ -50,6 +50,21 @@ def split_rows(
     return train, rest + first * size
 
 
+def without_outliers(rows: np.ndarray, norms: np.ndarray, most: float) -> np.ndarray:
+    """Those of the rows whose norm is at most `most` times the median of all of them.
+
+    A few tokens (a context's first, delimiters) have norms a hundred times the others' in many
+    models, and would rule the loss. norms: [contexts, context_size], of every row.
+
+    Raises:
+        TrainingError: `most` is below 1, which would leave out half of the rows and more.
+    """
+    if not most >= 1:
+        raise TrainingError(f"rows.max_norm is {most}; expected 1 or more, such as 10")
+    those = np.asarray(norms).reshape(-1)[rows]
+    return rows[those <= most * np.median(those)]
+
+
 def batches(
     rows: np.ndarray, batch_size: int, seed: int, start: int, stop: int
 ) -> Iterator[tuple[int, np.ndarray]]:

@@ -40,13 +40,13 @@ def demo(
         seed: Of the stories, the training and the prompts.
         json_: Print one JSON object in place of the report.
     """
-    from saesteer import stages
+    from saesteer import fitting, stages
     from saesteer.effects import planted
 
     begin = time.monotonic()
     made = Run.create(demo_config(run, seed))
     write_stories(Path(made.config.text.source), seed)
-    stages.train(made)
+    fitting.train(made)
     figures = stages.evaluate(made)
     stages.index(made)
     report = planted.measure(made.model, made.tokenizer, made.sae, made.index, seed=seed)

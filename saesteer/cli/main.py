@@ -17,8 +17,10 @@ COMMANDS = {
     "demo": ("saesteer.cli.demo", "the whole job on the embedded model, offline"),
     "cache": ("saesteer.cli.train", "cache the activations a configuration asks for"),
     "train": ("saesteer.cli.train", "cache what is missing, then train an SAE"),
+    "sweep": ("saesteer.cli.train", "train many SAEs on one pass, and compare them"),
     "new": ("saesteer.cli.train", "make a run from an SAE that someone else trained"),
-    "eval": ("saesteer.cli.train", "measure the SAE on held-out text"),
+    "eval": ("saesteer.cli.evaluate", "measure the SAE on held-out text, and plot it"),
+    "push": ("saesteer.cli.evaluate", "publish a measured SAE on the Hub, with a model card"),
     "index": ("saesteer.cli.features", "describe every feature"),
     "search": ("saesteer.cli.features", "find features by keyword"),
     "feature": ("saesteer.cli.features", "show one feature"),
@@ -27,7 +29,7 @@ COMMANDS = {
 }
 
 # These take a Config, whose defaults stand in the file or run folder that is named first.
-FROM_FILE = ("cache", "train")
+FROM_FILE = ("cache", "train", "sweep")
 ALIASES = {"--document-separator": "--text.document-separator"}
 
 

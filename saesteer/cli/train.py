@@ -1,13 +1,13 @@
-"""cache, train, new, eval: from text to a measured SAE."""
+"""cache, train, new: from text to an SAE."""
 
-import json
-import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from saesteer.config import Config
+from saesteer.errors import SaesteerError
 from saesteer.run import Run
 
 RunFolder = Annotated[Path, tyro.conf.Positional]
@@ -15,10 +15,12 @@ RunFolder = Annotated[Path, tyro.conf.Positional]
 
 def cache(config: Config) -> None:
     """Cache the activations that a configuration asks for; what is there already is kept."""
-    from saesteer import stages
+    from saesteer import fitting, stages
 
-    run = Run.create(config)
-    shards = stages.cache(run)
+    run, ranks = fitting.joined(Run.create(config))
+    shards, *_ = stages.cache(run, ranks)
+    if not ranks.first:
+        return
     run.save_config()
     print(f"{shards.n_tokens:,} tokens of {config.cache.hook_point} in {shards.folder}")
     print(f"next: saesteer train {config.run}")
@@ -26,15 +28,50 @@ def cache(config: Config) -> None:
 
 def train(config: Config) -> None:
     """Cache what is missing, then train a sparse autoencoder; a killed run goes on."""
-    from saesteer import stages
+    from saesteer import fitting
 
     run = Run.create(config)
-    sae = stages.train(run)
+    sae = fitting.train(run)
+    if sae is None:  # the first of torchrun's processes says it for all
+        return
+    kind = "transcoder" if sae.hook_point_out else "SAE"
     print(
-        f"{config.sae.architecture} SAE, {sae.d_sae} features at {sae.hook_point}, "
+        f"{config.sae.architecture} {kind}, {sae.d_sae} features at {sae.hook_point}, "
         f"in {run.path / 'sae'}"
     )
     print(f"next: saesteer eval {run.path} · saesteer index {run.path}")
+
+
+def sweep(config: Config) -> None:
+    """Train every combination of [sweep] on one pass of the activations, and compare them."""
+    from saesteer import fitting
+    from saesteer.training import plots
+
+    run = Run.create(config)
+    members = fitting.sweep(run)
+    if not members:
+        return
+    table = fitting.evaluate_sweep(run, members)
+    print(sweep_table(table))
+    try:
+        print(f"\nplot: {plots.pareto(table, run.path / 'sweep' / 'pareto.svg')}")
+    except SaesteerError as error:  # without matplotlib the table is still worth having
+        print(f"\nno plot: {error}")
+    print(f"each is a run: saesteer index {members[0].path} …")
+
+
+def sweep_table(table: Sequence[Mapping[str, Any]]) -> str:
+    """A sweep's SAEs, a line each, by L0."""
+    width = max(len(row["name"]) for row in table)
+    lines = [f"{'':<{width}}     L0      EV  CE recovered   dead"]
+    for row in sorted(table, key=lambda row: float(row["l0"])):
+        recovered = row["ce_recovered"]
+        shown = "–" if recovered is None else f"{recovered:.4f}"
+        lines.append(
+            f"{row['name']:<{width}} {row['l0']:>6.1f}  {row['explained_variance']:.4f}  "
+            f"{shown:>12}  {row['dead_fraction']:>5.1%}"
+        )
+    return "\n".join(lines)
 
 
 def new(
@@ -57,59 +94,3 @@ def new(
     made = Run.from_sae(run, sae, model, revision=revision, force=force)
     print(f"{made.sae.d_sae} features at {made.sae.hook_point} of {model}, in {run}")
     print(f"next: saesteer index {run} --text FILE")
-
-
-def eval(
-    run: RunFolder,
-    *,
-    text: str | None = None,
-    tokens: int = 200_000,
-    device: str | None = None,
-    dtype: str | None = None,
-    json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
-) -> None:
-    """Measure the SAE on held-out text: explained variance, L0, dead features, CE recovered.
-
-    Args:
-        run: The run folder.
-        text: A file, folder or `datasets` name; by default the run's own held-out activations.
-        tokens: At most so many tokens.
-        device: Where the model runs.
-        dtype: float32, bfloat16 or float16.
-        json_: Print one JSON object.
-    """
-    from saesteer import stages
-
-    figures = stages.evaluate(Run.open(run, device=device, dtype=dtype), text=text, tokens=tokens)
-    if json_:
-        print(json.dumps(figures))
-        return
-    print(evaluation_table(figures))
-
-
-def evaluation_table(figures: dict[str, Any]) -> str:
-    """The main figures of an evaluation, a line each, and the histogram of densities."""
-
-    def share(value: float | None) -> str:
-        return "– (the ablation does no harm)" if value is None else f"{value:.4f}"
-
-    lines = [
-        f"on {figures['tokens']:,} tokens ({figures['text']})",
-        f"  explained variance   {figures['explained_variance']:.4f}  (FVU {figures['fvu']:.4f})",
-        f"  L0                   {figures['l0']:.2f}",
-        f"  dead features        {figures['dead_fraction']:.2%}",
-        f"  CE recovered         {share(figures['ce_recovered'])}  against zero ablation",
-        f"                       {share(figures['ce_recovered_mean'])}  against mean ablation",
-        f"  CE, nats a token     clean {figures['ce_clean']:.4f}, reconstructed "
-        f"{figures['ce_reconstructed']:.4f},",
-        f"                       zero {figures['ce_zero']:.4f}, mean {figures['ce_mean']:.4f}",
-        "  features by density (the share of tokens that they fire on)",
-    ]
-    histogram = figures["density_histogram"]
-    edges, counts = histogram["log10_edges"], histogram["counts"]
-    most = max([*counts, 1])
-    for low, high, count in zip(edges, edges[1:], counts, strict=False):
-        if count:
-            bar = "█" * math.ceil(40 * count / most)
-            lines.append(f"    {10**low:8.2%} – {10**high:7.2%}  {count:>7,}  {bar}")
-    return "\n".join(lines)

@@ -1,5 +1,6 @@
 """One look for every progress bar: what, how far, how fast, how long still."""
 
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -20,4 +21,5 @@ def progress(
         dynamic_ncols=True,
         mininterval=0.1 if sys.stderr.isatty() else 10.0,
         file=sys.stderr,
+        disable=os.environ.get("RANK", "0") != "0",  # of torchrun's processes the first shows it
     )

@@ -1,12 +1,14 @@
 """Sparse autoencoders at inference: encode, decode, a few features only, and what a clamp writes.
 
 An `Sae` computes what sae-lens's inference classes compute (they are the oracle in the tests) for
-ReLU ("standard"), TopK and JumpReLU (BatchTopK is saved as JumpReLU), without a dense code and
-without importing sae-lens. Folders and releases are read in `sae_formats` and `sae_sources`.
+ReLU ("standard"), TopK, JumpReLU (BatchTopK is saved as JumpReLU) and Gated SAEs, and for
+transcoders with ReLU and JumpReLU, without a dense code and without importing sae-lens. Folders
+and releases are read in `sae_formats` and `sae_sources`.
 
     z      = (x - shift) / scale                what the SAE's input convention makes of x
     a      = f((z - [b_dec]) W_enc + b_enc)     [b_dec] where `apply_b_dec_to_input`
-    x_hat  = scale · (a W_dec + b_dec) + shift
+    x_hat  = scale · (a W_dec + b_dec) + shift  of an autoencoder
+    y_hat  = a W_dec + b_dec + [W_skip x]       of a transcoder, at another place than x
 """
 
 import hashlib
@@ -14,16 +16,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from saesteer.core import sae_formats, sae_sources
+from saesteer.core import sae_codes, sae_files, sae_formats, sae_parts, sae_sources
 from saesteer.core.points import HookPoint
+from saesteer.core.sae_codes import Codes, Prepared
 from saesteer.core.sae_fits import check_fits
-from saesteer.core.sae_formats import Conventions
+from saesteer.core.sae_parts import Conventions
 from saesteer.errors import FeatureError
 
 __all__ = ["Codes", "Conventions", "Prepared", "Sae", "check_fits", "load_sae"]
@@ -32,51 +34,33 @@ __all__ = ["Codes", "Conventions", "Prepared", "Sae", "check_fits", "load_sae"]
 _CHUNK = 2**24
 
 
-@dataclass(frozen=True)
-class Codes:
-    """A sparse code: what fired, ordered by row, then by latent. Zeros are not in it.
-
-    rows [nnz] int64, latents [nnz] int64, values [nnz] (all > 0), n_rows: rows encoded.
-    """
-
-    rows: Tensor
-    latents: Tensor
-    values: Tensor
-    n_rows: int
-
-    def dense(self, d_sae: int) -> Tensor:
-        """The same code as a dense [n_rows, d_sae] tensor: for tests and small looks only."""
-        out = self.values.new_zeros(self.n_rows, d_sae)
-        return out.index_put((self.rows, self.latents), self.values)
-
-
-class Prepared(NamedTuple):
-    """The SAE's input z [..., d_in], and x = scale · z + shift (None where 1 or 0); [..., 1]."""
-
-    z: Tensor
-    scale: Tensor | None
-    shift: Tensor | None
-
-
 @dataclass(frozen=True, eq=False)
 class Sae:
     """A sparse autoencoder, where it sits, and the conventions of its input.
 
     Args:
         W_enc: [d_in, d_sae]; b_enc: [d_sae]; W_dec: [d_sae, d_out]; b_dec: [d_out].
-        architecture: "standard" (ReLU), "topk" (needs `k`) or "jumprelu" (needs `threshold`).
-        hook_point: where in the model it reads and writes.
+        architecture: "standard" (ReLU), "topk" (needs `k`), "jumprelu" (needs `threshold`) or
+            "gated" (needs `r_mag` and `b_mag`; `b_enc` is the gate's bias).
+        hook_point: where in the model it reads; an autoencoder writes there too.
         model_id: the model it was trained on, None where unknown.
         k: number of latents kept a token (TopK).
         threshold: [d_sae], a latent fires above it (JumpReLU).
+        r_mag, b_mag: [d_sae], of the size of what passes the gate (Gated): with u the
+            pre-activation less b_enc, relu(exp(r_mag) u + b_mag) where u + b_enc > 0.
+        hook_point_out: where a transcoder writes; None: it is an autoencoder.
+        W_skip: [d_out, d_in], what a transcoder makes of its input beside the code.
         model_fingerprint: of the weights it was trained on, None where unknown.
         prepend_bos: whether its training contexts began with BOS.
         context_size: tokens in a training context, None where unknown.
         conventions: what it does to its input.
         notes: anything else worth keeping with it; saved as metadata, must be JSON.
+        log10_density: [d_sae], log10 of the fraction of tokens on which each latent fires, -10 for
+            never, where it was measured; saved beside the weights.
 
     Raises:
-        SaeError: shapes that don't fit one another, an unknown architecture, a bad k or threshold.
+        SaeError: shapes that don't fit one another, an unknown architecture, a bad k, a combination
+            that the SAELens format can't hold.
     """
 
     W_enc: Tensor
@@ -88,14 +72,19 @@ class Sae:
     model_id: str | None
     k: int | None = None
     threshold: Tensor | None = None
+    r_mag: Tensor | None = None
+    b_mag: Tensor | None = None
+    hook_point_out: HookPoint | None = None
+    W_skip: Tensor | None = None
     model_fingerprint: str | None = None
     prepend_bos: bool = True
     context_size: int | None = None
     conventions: Conventions = field(default_factory=Conventions)
     notes: Mapping[str, Any] = field(default_factory=dict)
+    log10_density: Tensor | None = None
 
     def __post_init__(self) -> None:
-        sae_formats.check_parts(self._parts())
+        sae_parts.check_parts(self._parts())
 
     @property
     def d_in(self) -> int:
@@ -109,11 +98,19 @@ class Sae:
     def d_out(self) -> int:
         return self.W_dec.shape[1]
 
+    @property
+    def write_point(self) -> HookPoint:
+        """Where its decoder's rows belong: `hook_point_out` of a transcoder, else `hook_point`."""
+        return self.hook_point_out or self.hook_point
+
     @cached_property
     def hash(self) -> str:
         """16 hex digits of a SHA-256 over the weights and everything that changes a code."""
         digest = hashlib.sha256(repr((self.architecture, self.k, self.conventions)).encode())
-        for tensor in (self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.threshold):
+        if self.hook_point_out is not None:
+            digest.update(b"transcoder")
+        for name in sae_parts.WEIGHTS:
+            tensor = getattr(self, name)
             if tensor is not None:
                 digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -129,10 +126,27 @@ class Sae:
         """The same SAE on another device, or in another floating-point type."""
         moved = {
             name: getattr(self, name).to(device=device, dtype=dtype)
-            for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+            for name in (*sae_parts.WEIGHTS, "log10_density")
             if getattr(self, name) is not None
         }
         return replace(self, **moved)
+
+    def narrowed(self, features: Sequence[int]) -> "Sae":
+        """The same SAE with these features alone, in this order; what they compute is the same.
+
+        Raises:
+            FeatureError: a feature that this SAE doesn't have; a TopK SAE, where whether a feature
+                fires depends on the others.
+        """
+        if self.architecture == "topk":
+            raise FeatureError("features of a topk SAE depend on one another; use the whole SAE")
+        index = self._features(features)
+        kept: dict[str, Any] = {"W_enc": self.W_enc[:, index]}
+        for name in ("b_enc", "W_dec", "threshold", "r_mag", "b_mag", "log10_density"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                kept[name] = tensor[index]
+        return replace(self, **kept)
 
     def prepare(self, x: Tensor) -> Prepared:
         """What the SAE makes of activations x [..., d_in] before its encoder, with its inverse.
@@ -141,23 +155,7 @@ class Sae:
         plus 1e-5 and multiplies back by it without (as sae-lens does, so z → x is exact to 1e-5
         only); a centred SAE sees x minus its mean over d.
         """
-        x = x.to(self.W_enc.dtype)
-        scale: Tensor | None = None
-        shift: Tensor | None = None
-        if self.conventions.center_writing_weights:
-            shift = x.mean(dim=-1, keepdim=True)
-            x = x - shift
-        if self.conventions.normalize_activations == "layer_norm":
-            mean = x.mean(dim=-1, keepdim=True)
-            x = x - mean
-            scale = x.std(dim=-1, keepdim=True)
-            x = x / (scale + 1e-5)
-            shift = mean if shift is None else shift + mean
-        elif self.conventions.normalize_activations == "constant_norm_rescale":
-            # A zero vector has no norm to rescale: it stays zero rather than becoming NaN.
-            scale = x.norm(dim=-1, keepdim=True).clamp_min(1e-12) / self.d_in**0.5
-            x = x / scale
-        return Prepared(x, scale, shift)
+        return sae_codes.prepare(x.to(self.W_enc.dtype), self.conventions)
 
     def encode(self, x: Tensor) -> Codes:
         """Sparse code of activations x [..., d_in]; rows are the flattened leading dimensions.
@@ -166,7 +164,10 @@ class Sae:
         """
         z = self._centred(self.prepare(x.reshape(-1, self.d_in)).z)
         step = max(1, _CHUNK // self.d_sae)
-        parts = [self._fire(chunk, i * step) for i, chunk in enumerate(z.split(step))]
+        parts = []
+        for i, chunk in enumerate(z.split(step)):
+            rows, latents, values = self._fire(chunk)
+            parts.append((rows + i * step, latents, values))
         if not parts:
             none = torch.zeros(0, dtype=torch.long, device=z.device)
             return Codes(none, none, z.new_zeros(0), 0)
@@ -176,8 +177,8 @@ class Sae:
     def activation(self, x: Tensor, features: Sequence[int]) -> Tensor:
         """Activations [..., n] of the chosen features on x [..., d_in].
 
-        ReLU and JumpReLU compute the chosen encoder columns only; TopK needs one x W_enc to know
-        whether a feature is among the k.
+        Only the chosen encoder columns are computed; but TopK needs one x W_enc to know whether a
+        feature is among the k.
 
         Raises:
             FeatureError: a feature that this SAE doesn't have.
@@ -186,45 +187,50 @@ class Sae:
         z = self._centred(self.prepare(x).z)
         if self.architecture == "topk":
             step = max(1, _CHUNK // self.d_sae)
-            chunks = [self._among_k(c, index) for c in z.reshape(-1, self.d_in).split(step)]
+            chunks = [
+                sae_codes.among_k(self._pre(c), self._k, index)
+                for c in z.reshape(-1, self.d_in).split(step)
+            ]
             flat = torch.cat(chunks) if chunks else z.new_zeros(0, len(index))
             return flat.reshape(*x.shape[:-1], len(index))
-        pre = z @ self.W_enc[:, index] + self.b_enc[index]
+        u = z @ self.W_enc[:, index]
+        pre = u + self.b_enc[index]
+        if self.r_mag is not None and self.b_mag is not None:
+            return (u * self.r_mag[index].exp() + self.b_mag[index]).relu() * (pre > 0)
         if self.threshold is None:
             return pre.relu()
         return pre.relu() * (pre > self.threshold[index])
 
     def decode(self, codes: Codes, x: Tensor) -> Tensor:
-        """Reconstruction [n_rows, d_out] in the stream's own space.
+        """Reconstruction [n_rows, d_out] in the space of the stream that it writes to.
 
         Args:
             codes: of n_rows tokens.
-            x: the activations they came from [..., d_in]; input normalisation is undone with
-                their own statistics.
+            x: the activations they came from [..., d_in]; an autoencoder's input normalisation is
+                undone with their own statistics, a transcoder's skip is made from them.
         """
-        prepared = self.prepare(x.reshape(-1, self.d_in))
         values = codes.values
         if self._decoder_norms is not None:
             values = values / self._decoder_norms[codes.latents]
-        starts = torch.searchsorted(
-            codes.rows, torch.arange(codes.n_rows, device=codes.rows.device)
-        )
-        out = self.b_dec + F.embedding_bag(
-            codes.latents, self.W_dec, starts, mode="sum", per_sample_weights=values
-        )
+        out = self.b_dec + sae_codes.weighted_rows(codes, values, self.W_dec)
+        x = x.reshape(-1, self.d_in)
+        if self.hook_point_out is not None:
+            return out if self.W_skip is None else out + x.to(out.dtype) @ self.W_skip.T
+        prepared = self.prepare(x)
         if prepared.scale is not None:
             out = out * prepared.scale
         return out if prepared.shift is None else out + prepared.shift
 
     def write(self, delta: Tensor, features: Sequence[int], x: Tensor) -> Tensor:
-        """What changing features by delta [..., n] adds to the stream at x [..., d_in].
+        """What changing features by delta [..., n] adds to the stream, where the SAE read x.
 
         x + write(t - a) equals: put t in the place of a in the code, decode, add back the
-        untouched reconstruction error. Statistics come from x, unedited. Returns x's dtype.
+        untouched reconstruction error. Statistics come from x, unedited. A transcoder's is to be
+        added at `hook_point_out`. Returns x's dtype.
         """
         index = self._features(features)
         out = delta.to(self.W_dec.dtype) @ self._rows(index)
-        scale = self.prepare(x).scale
+        scale = self.prepare(x).scale if self.hook_point_out is None else None
         return (out if scale is None else out * scale).to(x.dtype)
 
     def direction(self, feature: int) -> Tensor:
@@ -238,10 +244,18 @@ class Sae:
     def save(self, folder: str | Path) -> None:
         """Write cfg.json and sae_weights.safetensors, which `sae_lens.SAE.load_from_disk` reads.
 
+        With `log10_density`, also sparsity.safetensors, as sae-lens writes it. cfg.json holds the
+        SHA-256 of the weights' file, which loading compares.
+
         Raises:
-            SaeError: the folder cannot be written, or the disk is full.
+            SaeError: the folder cannot be written, or the disk is full; the format holds no such
+                SAE.
         """
-        sae_formats.write_folder(self._parts(), Path(folder))
+        config, tensors = sae_formats.to_saelens(self._parts())
+        density = self.log10_density
+        if density is not None:
+            density = density.detach().cpu().float().contiguous()
+        sae_files.write_folder(Path(folder), config, tensors, density)
 
     def _parts(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
@@ -257,27 +271,12 @@ class Sae:
         pre = z @ self.W_enc + self.b_enc
         return pre if self._decoder_norms is None else pre * self._decoder_norms
 
-    def _fire(self, z: Tensor, first_row: int) -> tuple[Tensor, Tensor, Tensor]:
-        pre = self._pre(z)
+    def _fire(self, z: Tensor) -> sae_codes.Fired:
+        if self.r_mag is not None and self.b_mag is not None:
+            return sae_codes.fire_gated(z @ self.W_enc, self.b_enc, self.r_mag, self.b_mag)
         if self.architecture == "topk":
-            chosen = pre.topk(self._k, dim=-1, sorted=False).indices.sort(dim=-1).values
-            values = pre.gather(-1, chosen)
-            rows, column = (values > 0).nonzero(as_tuple=True)
-            return rows + first_row, chosen[rows, column], values[rows, column]
-        fires = pre > 0
-        if self.threshold is not None:
-            fires &= pre > self.threshold
-        rows, latents = fires.nonzero(as_tuple=True)
-        return rows + first_row, latents, pre[rows, latents]
-
-    def _among_k(self, z: Tensor, index: Tensor) -> Tensor:
-        values, chosen = self._pre(z).topk(self._k, dim=-1, sorted=False)
-        # Each latent's column in the answer; the spare last column takes what wasn't asked for.
-        wanted, back = index.unique(return_inverse=True)
-        column = torch.full((self.d_sae,), len(wanted), device=z.device)
-        column[wanted] = torch.arange(len(wanted), device=z.device)
-        out = z.new_zeros(z.shape[0], len(wanted) + 1)
-        return out.scatter_add(1, column[chosen], values.relu())[:, back]
+            return sae_codes.fire_topk(self._pre(z), self._k)
+        return sae_codes.fire_above(self._pre(z), self.threshold)
 
     def _rows(self, index: Tensor) -> Tensor:
         rows = self.W_dec[index]

@@ -34,17 +34,25 @@ def check_fits(
 
     Args:
         model_id: the model's name; its own `name_or_path` where not given.
+        point: where it is to read. Where a transcoder writes, it says itself.
         force: skip the comparison of names (not of fingerprints, widths or places).
 
     Raises:
         SaeError: what differs, and what to try.
+        HookPointError: a transcoder writes where the model has no such place.
     """
     width = d_model(model)
-    if width not in (sae.d_in, sae.d_out) or sae.d_in != sae.d_out:
-        raise SaeError(
-            f"the SAE reads {sae.d_in} dimensions and writes {sae.d_out}, but the model's stream "
-            f"has {width}: it was trained on another model; load {sae.model_id or 'that one'}"
-        )
+    for does, size, place in (
+        ("reads", sae.d_in, sae.hook_point),
+        ("writes", sae.d_out, sae.write_point),
+    ):
+        if size != width:
+            raise SaeError(
+                f"the SAE {does} {size} dimensions at {place}, but the model's stream has {width}: "
+                f"it was trained on another model; load {sae.model_id or 'that one'}"
+            )
+    if sae.hook_point_out is not None:
+        site_module(model, sae.hook_point_out)
     if _place(point) != _place(sae.hook_point):
         raise SaeError(
             f"the SAE was trained at {sae.hook_point}, not at {point}; use it at {sae.hook_point}"

@@ -4,25 +4,26 @@ Every input convention that a format can declare is either among `Conventions` o
 name: an SAE fed with something else than it was trained on looks healthy and is wrong.
 """
 
-import json
-import os
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saesteer.core.points import HookPoint
+from saesteer.core.sae_files import CONFIG, SCALER
+from saesteer.core.sae_parts import ARCHITECTURES, EXTRA, Conventions
+from saesteer.core.sae_parts import WEIGHTS as TENSORS
 from saesteer.errors import HookPointError, SaeError
 
-ARCHITECTURES = ("standard", "topk", "jumprelu")
-NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")
-CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
+# SAELens's names for transcoders: the architecture here, and whether it has a W_skip.
+TRANSCODERS = {
+    "transcoder": ("standard", False),
+    "skip_transcoder": ("standard", True),
+    "jumprelu_transcoder": ("jumprelu", False),
+    "jumprelu_skip_transcoder": ("jumprelu", True),
+}
 
 # The version of the SAELens format that is written and tested against.
 SAELENS_VERSION = "6.54.12"
@@ -49,61 +50,6 @@ _HARMLESS_KWARGS = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class Conventions:
-    """What an SAE does to its input; each reproduces sae-lens's inference.
-
-    Args:
-        apply_b_dec_to_input: b_dec is taken from the input before the encoder.
-        normalize_activations: "none"; "layer_norm" (minus the token's mean, over its standard
-            deviation); "constant_norm_rescale" (each token to norm √d).
-        rescale_acts_by_decoder_norm: activations are in units of the decoder row's norm (TopK).
-        center_writing_weights: trained on the stream minus its mean over d.
-    """
-
-    apply_b_dec_to_input: bool = True
-    normalize_activations: str = "none"
-    rescale_acts_by_decoder_norm: bool = False
-    center_writing_weights: bool = False
-
-
-def check_parts(parts: Mapping[str, Any]) -> None:
-    """Raise SaeError where the arguments of `Sae` don't fit one another or aren't reproduced."""
-    architecture, conventions = parts["architecture"], parts["conventions"]
-    if architecture not in ARCHITECTURES:
-        raise SaeError(
-            f"the SAE's architecture is {architecture!r}, which is not reproduced here; use one "
-            f"of {', '.join(ARCHITECTURES)} (BatchTopK is saved as jumprelu)"
-        )
-    if conventions.normalize_activations not in NORMALIZATIONS:
-        raise SaeError(
-            f"the SAE declares normalize_activations={conventions.normalize_activations!r}, "
-            f"which is not reproduced here; use one with {', '.join(NORMALIZATIONS)}"
-        )
-    if conventions.rescale_acts_by_decoder_norm and architecture != "topk":
-        raise SaeError(
-            f"the SAE declares rescale_acts_by_decoder_norm with architecture {architecture!r}: "
-            "it is defined for topk only; fold the norms into its weights first"
-        )
-    W_enc, W_dec = parts["W_enc"], parts["W_dec"]
-    if W_enc.ndim != 2 or W_dec.ndim != 2:
-        raise SaeError("the SAE's W_enc and W_dec must be matrices; its weights are damaged")
-    d_sae, d_out = W_enc.shape[1], W_dec.shape[1]
-    shapes = {"b_enc": (d_sae,), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
-    if architecture == "jumprelu":
-        shapes["threshold"] = (d_sae,)
-    for name, shape in shapes.items():
-        tensor = parts[name]
-        if tensor is None or tuple(tensor.shape) != shape:
-            found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
-            raise SaeError(
-                f"the SAE's {name} is {found}, expected {shape} beside W_enc "
-                f"{tuple(W_enc.shape)}; download or train it again"
-            )
-    if architecture == "topk" and not 1 <= (parts["k"] or 0) <= d_sae:
-        raise SaeError(f"a topk SAE needs 1 ≤ k ≤ d_sae = {d_sae}, and k is {parts['k']}")
-
-
 def from_saelens(config: dict[str, Any], tensors: dict[str, Tensor], where: str) -> dict[str, Any]:
     """The arguments of `Sae` from a SAELens configuration (any version) and its weights.
 
@@ -121,16 +67,25 @@ def from_saelens(config: dict[str, Any], tensors: dict[str, Tensor], where: str)
     def refuse(what: str, instead: str = "choose another SAE") -> SaeError:
         return SaeError(f"{where} declares {what}, which is not reproduced here; {instead}")
 
-    if architecture not in ARCHITECTURES:
-        raise refuse(f"architecture {architecture!r}", f"use one of {', '.join(ARCHITECTURES)}")
+    transcoder = architecture in TRANSCODERS
+    if not transcoder and architecture not in ARCHITECTURES:
+        known = ", ".join([*ARCHITECTURES, *TRANSCODERS])
+        raise refuse(f"architecture {architecture!r}", f"use one of {known}")
+    architecture, skips = TRANSCODERS.get(architecture, (architecture, False))
     if config.get("reshape_activations", "none") != "none":
         raise refuse(f"reshape_activations={config['reshape_activations']!r}")
     if config.get("activation_fn", "relu") not in ("relu", "topk"):
         raise refuse(f"activation_fn={config['activation_fn']!r}")
     if metadata.get("hook_head_index") is not None:
         raise refuse(f"hook_head_index={metadata['hook_head_index']} (one attention head)")
-    if metadata.get("hook_name_out") not in (None, metadata.get("hook_name")):
-        raise refuse(f"hook_name_out={metadata['hook_name_out']!r} (a transcoder)")
+    out = metadata.get("hook_name_out")
+    if not transcoder and out not in (None, metadata.get("hook_name")):
+        raise refuse(f"hook_name_out={out!r} of an SAE that is no transcoder")
+    if transcoder and out is None:
+        raise SaeError(
+            f"{where} is a transcoder and does not say where it writes: put hook_name_out into the "
+            f"metadata of its {CONFIG}"
+        )
     kwargs = dict(metadata.get("model_from_pretrained_kwargs") or {})
     centred = bool(kwargs.pop("center_writing_weights", False))
     for key, value in kwargs.items():
@@ -145,6 +100,7 @@ def from_saelens(config: dict[str, Any], tensors: dict[str, Tensor], where: str)
     parts: dict[str, Any] = {
         "architecture": architecture,
         "hook_point": hook_point(metadata.get("hook_name"), where),
+        "hook_point_out": hook_point(out, where) if transcoder else None,
         "model_id": metadata.get("model_name"),
         "k": int(config["k"]) if architecture == "topk" and "k" in config else None,
         "model_fingerprint": own.get("model_fingerprint"),
@@ -158,8 +114,13 @@ def from_saelens(config: dict[str, Any], tensors: dict[str, Tensor], where: str)
         ),
         "notes": own.get("notes", {}),
     }
-    parts |= weights(tensors, architecture, where)
+    if architecture == "gated" and "b_gate" in tensors:
+        tensors["b_enc"] = tensors.pop("b_gate")
+    parts |= weights(tensors, architecture, where, skips=skips)
     if parts["conventions"].normalize_activations == "expected_average_only_in":
+        if transcoder:
+            # What is taken from its input says nothing of its output's size.
+            raise refuse("normalize_activations='expected_average_only_in' for a transcoder")
         parts = _folded(parts, config.get("scaling_factor"), where)
     check_size(parts, config, where)
     return parts
@@ -195,11 +156,13 @@ def hook_point(name: str | None, where: str) -> HookPoint:
         ) from error
 
 
-def weights(tensors: dict[str, Tensor], architecture: str, where: str) -> dict[str, Tensor]:
+def weights(
+    tensors: dict[str, Tensor], architecture: str, where: str, *, skips: bool = False
+) -> dict[str, Tensor]:
     """The named tensors in float32; SaeError where one is missing, unknown or not finite."""
-    names = ["W_enc", "b_enc", "W_dec", "b_dec"]
-    if architecture == "jumprelu":
-        names.append("threshold")
+    names = ["W_enc", "b_enc", "W_dec", "b_dec", *EXTRA.get(architecture, ())]
+    if skips:
+        names.append("W_skip")
     missing, unknown = sorted(set(names) - set(tensors)), sorted(set(tensors) - set(names))
     if missing:
         raise SaeError(f"{where} lacks {', '.join(missing)}; download or train it again")
@@ -236,65 +199,39 @@ def _folded(parts: dict[str, Any], factor: float | None, where: str) -> dict[str
 
 
 def check_size(parts: dict[str, Any], config: dict[str, Any], where: str) -> None:
-    """Raise SaeError where the configuration's d_in or d_sae is not the weights'."""
+    """Raise SaeError where the configuration's d_in, d_sae or d_out is not the weights'."""
     found = dict(zip(("d_in", "d_sae"), parts["W_enc"].shape, strict=True))
+    if parts.get("hook_point_out") is not None:
+        found["d_out"] = parts["W_dec"].shape[-1]
     for key, size in found.items():
         if config.get(key, size) != size:
             raise SaeError(
-                f"{where}: {CONFIG} says {key}={config[key]} and W_enc has {size}; the two files "
-                "don't belong together: download or train it again"
+                f"{where}: {CONFIG} says {key}={config[key]} and the weights have {size}; the two "
+                "files don't belong together: download or train it again"
             )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; SaeError in one line where it is missing or damaged."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SaeError(
-            f"{path} is missing; the SAE folder is incomplete: download it again"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise SaeError(f"{path} can't be read ({one_line(error)}); download it again") from error
-    if not isinstance(value, dict):
-        raise SaeError(f"{path} is no JSON object; download or train the SAE again")
-    return value
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; SaeError in one line where it is missing or damaged."""
-    if not path.exists():
-        raise SaeError(f"{path} is missing; the SAE folder is incomplete: download it again")
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise SaeError(
-            f"{path} is truncated or damaged ({one_line(error)}); download or train it again"
-        ) from error
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's message on one line, cut to 300 characters."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def write_folder(parts: dict[str, Any], folder: Path) -> None:
-    """Write an SAE (the arguments of `Sae`) in SAELens format: beside the folder, then renamed.
+def to_saelens(parts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The SAELens configuration and weights (float32) of an SAE, from the arguments of `Sae`.
 
     Raises:
-        SaeError: the folder cannot be written, or the disk is full.
+        SaeError: the format holds no such SAE.
     """
     conventions: Conventions = parts["conventions"]
     tensors = {
         name: parts[name].detach().cpu().float().contiguous()
-        for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+        for name in TENSORS
         if parts[name] is not None
     }
+    (d_in, d_sae), d_out = parts["W_enc"].shape, parts["W_dec"].shape[1]
+    if parts["architecture"] == "gated":
+        tensors["b_gate"] = tensors.pop("b_enc")
     centred = {"center_writing_weights": True} if conventions.center_writing_weights else {}
+    out: HookPoint | None = parts["hook_point_out"]
     config: dict[str, Any] = {
         "architecture": parts["architecture"],
-        "d_in": parts["W_enc"].shape[0],
-        "d_sae": parts["W_enc"].shape[1],
+        "d_in": d_in,
+        "d_sae": d_sae,
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": conventions.apply_b_dec_to_input,
@@ -319,29 +256,15 @@ def write_folder(parts: dict[str, Any], folder: Path) -> None:
     if parts["architecture"] == "topk":
         config["k"] = parts["k"]
         config["rescale_acts_by_decoder_norm"] = conventions.rescale_acts_by_decoder_norm
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    try:
-        aside.mkdir(parents=True)
-        save_file(tensors, aside / WEIGHTS)
-        (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for written in aside.iterdir():
-            with written.open("rb+") as file:
-                os.fsync(file.fileno())
-        # Both files change together: a folder with one old and one new would load and be wrong.
-        if folder.exists():
-            folder.rename(old)
-        try:
-            aside.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
-    except (OSError, SafetensorError) as error:
+    if out is not None:
+        kind = (parts["architecture"], parts["W_skip"] is not None)
+        config["architecture"] = next(name for name, each in TRANSCODERS.items() if each == kind)
+        config["d_out"] = d_out
+        config["metadata"]["hook_name_out"] = out.to_saelens()
+        config["metadata"]["saesteer"]["hook_point_out"] = str(out)
+    elif d_in != d_out:
         raise SaeError(
-            f"cannot write {folder}: {one_line(error)}; free some space or choose a folder that "
-            "you can write to"
-        ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+            f"the SAE reads {d_in} dimensions and writes {d_out} at one place: the SAELens format "
+            "holds that as a transcoder only; say at which hook_point_out it writes"
+        )
+    return config, tensors

@@ -4,18 +4,17 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from saesteer.core.sae_formats import (
+from saesteer.core.sae_files import (
+    CHECKSUM,
     CONFIG,
     SCALER,
     WEIGHTS,
-    check_size,
-    from_saelens,
-    hook_point,
     one_line,
     read_json,
+    read_sparsity,
     read_tensors,
-    weights,
 )
+from saesteer.core.sae_formats import check_size, from_saelens, hook_point, weights
 from saesteer.errors import SaeError, did_you_mean
 
 SPARSIFY_WEIGHTS = "sae.safetensors"
@@ -55,10 +54,11 @@ def _read_folder(folder: Path) -> dict[str, Any]:
         hint = f"; it holds {', '.join(inner[:5])}: name one of these" if inner else ""
         raise SaeError(f"{folder} has no {CONFIG}: it is no SAE folder{hint or '; check the path'}")
     config = read_json(folder / CONFIG)
-    tensors = read_tensors(folder / WEIGHTS)
+    tensors = read_tensors(folder / WEIGHTS, config.get(CHECKSUM))
     if (folder / SCALER).exists():
         config["scaling_factor"] = read_json(folder / SCALER).get("scaling_factor")
-    return from_saelens(config, tensors, str(folder))
+    parts = from_saelens(config, tensors, str(folder))
+    return {**parts, "log10_density": read_sparsity(folder)}
 
 
 def _read_remote(name: str) -> dict[str, Any]:

@@ -1,17 +1,11 @@
-"""Cached activations on disk: shards of whole contexts, and a manifest that says what they are.
-
-    manifest.json          what made them, shapes, and for each shard its size and SHA-256
-    acts-00000.safetensors activations [contexts, context_size, d_model], and tokens and documents
-                           int32 [contexts, context_size]; every shard but the last is equally long
+"""Cached activations on disk, opened for reading; what is in the files: see `shard_files.py`.
 
 A row is one token: row = context · context_size + position. Rows are read by memory map, in any
 order, so a true shuffle of all tokens costs no more than reading them.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,127 +13,28 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from saesteer.core.files import write_json, written_aside
 from saesteer.core.points import HookPoint
+from saesteer.core.shard_files import (
+    ContextBatch,
+    Statistics,
+    is_whole,
+    read_manifest,
+    read_statistics,
+)
 from saesteer.errors import CacheError
 
-FORMAT = 1
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+__all__ = ["ContextBatch", "Shards", "Statistics"]
+
+_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 # The tensors of a shard, and what they can be stored as.
 _TENSORS = {
-    "activations": {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32},
+    "activations": _FLOATS,
     "tokens": {"I32": torch.int32},
     "documents": {"I32": torch.int32},
+    "norms": {"F32": torch.float32},
 }
-# What must stand in a manifest and, below, in a shard's entry there, for anything else to rest on.
-_NEEDED = {
-    "complete": bool,
-    "made_from": dict,
-    "hook_point": str,
-    "context_size": int,
-    "d_model": int,
-    "shards": list,
-}
-_ENTRY = {"file": str, "contexts": int, "bytes": int, "sha256": str}
-
-
-@dataclass(frozen=True, eq=False)
-class ContextBatch:
-    """A few contexts with their activations.
-
-    Attributes:
-        tokens: int32 [contexts, context_size].
-        documents: int32 [contexts, context_size]; which document a token came from, −1 for none.
-        activations: [contexts, context_size, d_model], in the dtype they were made or stored in.
-        first_context: number of the first of them in the cache or stream.
-    """
-
-    tokens: NDArray[np.int32]
-    documents: NDArray[np.int32]
-    activations: Tensor
-    first_context: int
-
-
-def shard_name(number: int) -> str:
-    """File name of a shard."""
-    return f"acts-{number:05d}.safetensors"
-
-
-def write_shard(folder: Path, number: int, batch: ContextBatch) -> dict[str, Any]:
-    """Write one shard, aside and renamed; return its entry for the manifest."""
-    data = save(
-        {
-            "activations": batch.activations.contiguous(),
-            "tokens": torch.from_numpy(batch.tokens),
-            "documents": torch.from_numpy(batch.documents),
-        }
-    )
-    with written_aside(folder / shard_name(number)) as aside:
-        aside.write_bytes(data)
-    return {
-        "file": shard_name(number),
-        "contexts": len(batch.tokens),
-        "bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a folder of shards, None where there is none.
-
-    Raises:
-        CacheError: it is damaged or of another format.
-    """
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        known = manifest["format"] == FORMAT
-        if known:
-            _check_kinds(manifest, _NEEDED)
-            for entry in manifest["shards"]:
-                _check_kinds(entry, _ENTRY)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CacheError(
-            f"{path} is damaged ({type(error).__name__}); remove {folder} and cache again"
-        ) from error
-    if not known:
-        raise CacheError(
-            f"{path} is of format {manifest['format']}, this saesteer reads format {FORMAT}; "
-            f"remove {folder} and cache again"
-        )
-    return manifest
-
-
-def _check_kinds(values: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
-    for key, kind in kinds.items():
-        if not isinstance(values[key], kind):
-            raise TypeError(f"{key} is no {kind.__name__}")
-
-
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest, aside and renamed."""
-    write_json(folder / "manifest.json", {"format": FORMAT, **manifest})
-
-
-def read_tokens(folder: Path, entry: Mapping[str, Any]) -> NDArray[np.int32]:
-    """The tokens of one whole shard: int32 [contexts, context_size]."""
-    with safe_open(folder / entry["file"], "np") as file:
-        return file.get_tensor("tokens")
-
-
-def is_whole(folder: Path, entry: Mapping[str, Any]) -> bool:
-    """Whether a shard's file has the bytes that were written."""
-    try:
-        with (folder / entry["file"]).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]
-    except OSError:
-        return False
 
 
 class Shards:
@@ -147,6 +42,7 @@ class Shards:
 
     Attributes:
         manifest: what stands in manifest.json; `manifest["made_from"]` says what made it.
+        statistics: of the activations of all tokens that are not special.
 
     Raises:
         CacheError: there is none, it is incomplete, or a shard is missing or cut short.
@@ -168,6 +64,7 @@ class Shards:
         contexts = [entry["contexts"] for entry in manifest["shards"]]
         self._first = np.concatenate([[0], np.cumsum(contexts)])  # of each shard, and the end
         self._maps = [self._map(entry) for entry in manifest["shards"]]
+        self.statistics = read_statistics(self.folder, manifest)
 
     @property
     def n_contexts(self) -> int:
@@ -188,6 +85,11 @@ class Shards:
     def documents(self) -> NDArray[np.int32]:
         """The document of every token: [n_contexts, context_size]; −1 for none."""
         return np.concatenate([m["documents"].numpy() for m in self._maps])
+
+    @cached_property
+    def norms(self) -> NDArray[np.float32]:
+        """‖x‖ of every token, special ones too: [n_contexts, context_size]."""
+        return np.concatenate([m["norms"].numpy() for m in self._maps])
 
     def rows(self, indices: NDArray[Any]) -> Tensor:
         """Activations of any rows, in the order given: float32 [n, d_model].

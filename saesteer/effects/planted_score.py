@@ -136,7 +136,7 @@ def feature_arms(
     return {
         "clamp": [Candidate(f"{f}={s:g}x", (Clamp(sae, f, raw),)) for f, s, raw in grid],
         "add": [
-            Candidate(f"{f}={s:g}x", (Add(sae.direction(f), raw, sae.hook_point),))
+            Candidate(f"{f}={s:g}x", (Add(sae.direction(f), raw, sae.write_point),))
             for f, s, raw in grid
         ],
     }

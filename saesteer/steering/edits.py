@@ -33,7 +33,8 @@ class Clamp:
 
     sae, feature: which feature. point: where, by default where the SAE was trained; a HookPoint
     or its name. where: on which tokens. Raises SteeringError for a value that is not a finite
-    number or an unknown `how`, and FeatureError for a feature that the SAE doesn't have.
+    number, an unknown `how` or a transcoder, and FeatureError for a feature that the SAE doesn't
+    have.
     """
 
     sae: Sae
@@ -48,6 +49,13 @@ class Clamp:
             raise SteeringError(
                 f"unknown kind of clamp {self.how!r}{did_you_mean(self.how, get_args(How))}: "
                 f"use {', '.join(get_args(How))}"
+            )
+        if self.sae.hook_point_out is not None:
+            raise SteeringError(
+                f"the SAE is a transcoder from {self.sae.hook_point} to {self.sae.hook_point_out}, "
+                "whose features can't be clamped yet: clamp a feature of an SAE of one place, or "
+                f"add the decoder row, Add(sae.direction({self.feature}), strength, "
+                "sae.write_point)"
             )
         feature = _whole(self.feature)
         if feature is None or not 0 <= feature < self.sae.d_sae:

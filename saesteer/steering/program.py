@@ -5,7 +5,6 @@ each run of clamps of the same SAE, whose activations are all read from the same
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import groupby
 
 import torch
@@ -79,7 +78,7 @@ class ClampStep:
         self._names = features
         if sae.architecture != "topk":
             # Only the chosen columns are ever needed, and only they are moved.
-            sae = _narrowed(sae, features)
+            sae = sae.narrowed(features)
             self._names = list(range(len(features)))
         self._sae = sae.to(device, torch.float32)
         self._masks = masks
@@ -155,18 +154,6 @@ def _distinct(
                 round_ = []
             round_.append((clamp, record))
         yield round_
-
-
-def _narrowed(sae: Sae, features: Sequence[int]) -> Sae:
-    """The same SAE with these features alone, in this order."""
-    index = torch.tensor(features, device=sae.W_enc.device)
-    return replace(
-        sae,
-        W_enc=sae.W_enc[:, index],
-        b_enc=sae.b_enc[index],
-        W_dec=sae.W_dec[index],
-        threshold=None if sae.threshold is None else sae.threshold[index],
-    )
 
 
 def _norm(x: Tensor) -> Tensor:
