@@ -26,6 +26,11 @@ from saesteer.training.ranks import ALONE, Ranks, join
 from saesteer.training.stream import CachedStream, LiveStream, Stream
 from saesteer.training.trainer import Settings, Trainer, check_settings
 
+# How a sweep's keys are written in the names of its runs: topk-d2048-k16-lr0.001-seed0.
+_SHORT = {
+    "architecture": "", "d_sae": "d", "k": "k", "sparsity": "sparsity", "lr": "lr", "seed": "seed",
+}  # fmt: skip
+
 
 def train(run: Run) -> Sae | None:
     """Cache what is missing and train the SAE; a killed run goes on where it stopped.
@@ -94,7 +99,7 @@ def combinations(config: Config) -> dict[str, Config]:
         chosen = dict(zip(varied, values, strict=True))
         sae = {key: value for key, value in chosen.items() if key not in ("lr", "seed")}
         about = {key: value for key, value in chosen.items() if key in ("lr", "seed")}
-        name = "-".join(f"{key}={value}" for key, value in chosen.items())
+        name = "-".join(f"{_SHORT[key]}{value}" for key, value in chosen.items())
         found[name] = dataclasses.replace(
             config,
             sae=dataclasses.replace(config.sae, **sae),

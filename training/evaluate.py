@@ -106,8 +106,8 @@ def evaluate(
         "dead_fraction": float((fired == 0).double().mean()),
     }
     others, simple = _baselines(rows, sae, training, batches, max(1, round(l0)), seed)
-    for name, values in _variance(rows, batches, others, spread).items():
-        simple[name] |= values
+    for name, variance in _variance(rows, batches, others, spread).items():
+        simple[name] |= variance
 
     def through_sae(x: Tensor) -> Tensor:
         return sae.decode(sae.encode(x), x)
@@ -234,7 +234,7 @@ def _squared(values: Tensor) -> float:
     return float(values.double().square().sum())
 
 
-def _recovered(found: dict[str, tuple[float, float]], way: str) -> dict[str, float | None]:
+def _recovered(found: dict[str, tuple[float, float]], way: str) -> dict[str, Any]:
     clean = found["clean"][0]
 
     def share(ablated: float) -> float | None:

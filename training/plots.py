@@ -203,9 +203,12 @@ def _fit(axes: "Axes", values: Sequence[float], scale: str) -> None:
     """Plain numbers on the y axis, and no zooming into a line that is all but flat."""
     low, high = min(values), max(values)
     if scale == "log" and low > 0:
+        from matplotlib.ticker import LogLocator
+
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}" if high < 30 * low else "")
+        axes.yaxis.set_minor_formatter("")
         return
     margin = max(abs(high) * 0.1, 0.01)
     if high - low < margin / 2:
