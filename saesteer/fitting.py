@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from saesteer.errors import ConfigError
 from saesteer.run import Run
 from saesteer.training import loop, packing, rows
 from saesteer.training import text as reading
+from saesteer.training.architectures import ARCHITECTURES
 from saesteer.training.ranks import ALONE, Ranks, join
 from saesteer.training.stream import CachedStream, LiveStream, Stream
 from saesteer.training.trainer import Settings, Trainer, check_settings
@@ -72,7 +73,7 @@ def sweep(run: Run) -> list[Run]:
     members = []
     for name, config in configs.items():
         path = run.path / "sweep" / name
-        members.append(Run(path, dataclasses.replace(config, run=str(path))))
+        members.append(Run(path, dataclasses.replace(config, run=str(path)), model_of=run))
     with alone(run.path / "sweep") if ranks.first else nullcontext():
         jobs = [_job(member, stream, ranks, name=member.path.name) for member in members]
         saes = _fit(stream, jobs, run, ranks)
@@ -85,7 +86,11 @@ def sweep(run: Run) -> list[Run]:
 
 
 def combinations(config: Config) -> dict[str, Config]:
-    """A sweep's configurations, by a name that tells what varies among them."""
+    """A sweep's configurations, by a name that tells what varies among them.
+
+    What an architecture has no use for (k where it pays a penalty, its weight where k is chosen)
+    makes no difference, and no second member.
+    """
     varied = {
         key: values for key, values in dataclasses.asdict(config.sweep).items() if len(values) > 0
     }
@@ -97,6 +102,9 @@ def combinations(config: Config) -> dict[str, Config]:
     found = {}
     for values in itertools.product(*varied.values()):
         chosen = dict(zip(varied, values, strict=True))
+        architecture = ARCHITECTURES.get(chosen.get("architecture", config.sae.architecture))
+        if architecture is not None:
+            chosen.pop("sparsity" if architecture.chooses else "k", None)
         sae = {key: value for key, value in chosen.items() if key not in ("lr", "seed")}
         about = {key: value for key, value in chosen.items() if key in ("lr", "seed")}
         name = "-".join(f"{_SHORT[key]}{value}" for key, value in chosen.items())
@@ -109,16 +117,20 @@ def combinations(config: Config) -> dict[str, Config]:
     return found
 
 
-def evaluate_sweep(run: Run, members: Sequence[Run]) -> list[dict[str, Any]]:
+def evaluate_sweep(
+    run: Run, members: Sequence[Run], *, tokens: int = 2**16
+) -> list[dict[str, Any]]:
     """Evaluate each SAE of a sweep; the table is also kept in sweep/sweep.json.
+
+    Args:
+        tokens: held-out tokens that each is measured on, at most.
 
     Returns:
         For each: name, architecture, d_sae, l0, explained_variance, ce_recovered, dead_fraction.
     """
     table = []
     for member in members:
-        member.__dict__["_loaded"] = (run.model, run.tokenizer)  # one model serves them all
-        figures = stages.evaluate(member)
+        figures = stages.evaluate(member, tokens=tokens)
         table.append(
             {
                 "name": member.path.name,
@@ -214,7 +226,7 @@ def _stream(run: Run, ranks: Ranks) -> Stream:
     )  # fmt: skip
 
 
-def _live(run: Run, ranks: Ranks, special: set[int]) -> Stream:
+def _live(run: Run, ranks: Ranks, special: Collection[int]) -> Stream:
     """Rows straight from the model; the first contexts of the text are held out."""
     config, model = run.config, run.model
     points = stages.hook_points(run)

@@ -39,11 +39,15 @@ Strength = str | float
 
 
 class Run:
-    """A run folder. Make one with `Run.create`, `Run.from_sae` or `Run.open`."""
+    """A run folder. Make one with `Run.create`, `Run.from_sae` or `Run.open`.
 
-    def __init__(self, path: Path, config: Config):
+    model_of: another run, whose model and tokenizer this one uses; None: it loads its own.
+    """
+
+    def __init__(self, path: Path, config: Config, *, model_of: "Run | None" = None):
         self.path = path
         self.config = config
+        self._model_of = model_of
 
     @classmethod
     def open(
@@ -155,6 +159,8 @@ class Run:
     def _loaded(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
         from saesteer.core.model import load_model
 
+        if self._model_of is not None:
+            return self._model_of._loaded
         about = self.config.model
         return load_model(
             about.id,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from itertools import accumulate, islice
 from typing import Any, TypeVar
 
@@ -12,14 +12,15 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from saesteer.core.model import HookPoint
 from saesteer.core.progress import progress
 from saesteer.core.shard_files import DTYPES, ContextBatch, shard_tensors, write_shard
 from saesteer.errors import CacheError, SaesteerError
-from saesteer.training.cache_pass import found_batch_size, one_pass, usual_batch_size
-from saesteer.training.cache_products import fast_products
+from saesteer.training.cache_pass import found_batch_size, passing, usual_batch_size
 from saesteer.training.cache_targets import Target, check_same_text
 from saesteer.training.packing import Context
 from saesteer.training.ranks import Ranks
+from saesteer.training.stream import prefetched
 
 # Below this, looking for the best batch size takes longer than it saves.
 SEARCHED_TOKENS = 2**19
@@ -46,9 +47,9 @@ def fill(
     """
     n_tokens = sum(lengths) * targets[0].about["context_size"]
     with (
+        ExitStack() as stack,
         ThreadPoolExecutor(1) as writer,
         progress("cache", n_tokens) if ranks.first else tqdm(disable=True) as bar,
-        fast_products(model),
     ):
 
         def chosen() -> int:
@@ -61,6 +62,8 @@ def fill(
         filling.may_shrink = batch_size is None
         try:
             stream = contexts()
+            if model.device.type != "cpu":  # there the reader would only take the model's cores
+                stream = stack.enter_context(closing(prefetched(stream, lengths[0])))
             for first in range(0, len(lengths), ranks.size):
                 if not filling.turn(stream, first):
                     break
@@ -102,7 +105,10 @@ def _batch_size(
     if sum(lengths) * context_size < SEARCHED_TOKENS:
         return usual_batch_size(model, context_size)
     some = list(islice(contexts(), lengths[0]))
-    return found_batch_size(model, some, [target.point for target in targets]) if some else 1
+    if not some:
+        return 1
+    with passing(model, [target.point for target in targets]) as one_pass:
+        return found_batch_size(one_pass, some, model.device.type)
 
 
 class _Filling:
@@ -225,20 +231,24 @@ class _Filling:
         points = [target.point for target in targets]
         begun = self._bar.n
         try:
-            for at in range(0, len(contexts), size):
-                batch = contexts[at : at + size]
-                found = one_pass(self._model, batch, points, first_context=first + at)
-                for point, x, out in zip(points, found, stored, strict=True):
-                    small = x.to(dtype)
-                    if dtype != x.dtype and not bool(torch.isfinite(small).all()):
-                        raise CacheError(
-                            f"activations at {point} are as large as {float(x.abs().max()):.3g}, "
-                            f"too large for {about['dtype']}; cache them with --cache.dtype "
-                            "bfloat16"
-                        )
-                    out[at : at + size] = small
-                self._bar.update(sum(len(context.tokens) for context in batch))
+            with passing(self._model, points) as one_pass:
+                for at in range(0, len(contexts), size):
+                    batch = contexts[at : at + size]
+                    found = one_pass(batch, first + at)
+                    for point, x, out in zip(points, found, stored, strict=True):
+                        out[at : at + size] = _rounded(x, dtype, point)
+                    self._bar.update(len(batch) * about["context_size"])
         except torch.OutOfMemoryError:
             self._bar.update(begun - self._bar.n)
             raise
         return stored
+
+
+def _rounded(x: Tensor, dtype: torch.dtype, point: HookPoint) -> Tensor:
+    small = x.to(dtype)
+    if dtype != x.dtype and not bool(torch.isfinite(small).all()):
+        raise CacheError(
+            f"activations at {point} are as large as {float(x.abs().max()):.3g}, too large for "
+            f"{str(dtype).removeprefix('torch.')}; cache them with --cache.dtype bfloat16"
+        )
+    return small

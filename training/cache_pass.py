@@ -1,15 +1,17 @@
 """Contexts through the model: activations at several hook points from one pass that stops early."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from saesteer.core.hooks import activations
+from saesteer.core.hooks import reading
 from saesteer.core.model import HookPoint
 from saesteer.core.shards import ContextBatch
 from saesteer.errors import CacheError
@@ -48,8 +50,9 @@ def activation_batches(
     while waiting := waiting + list(islice(stream, size - len(waiting))):
         batch = waiting[:size]
         try:
-            with fast_products(model):
-                (found,) = one_pass(model, batch, [point], first_context=first_context)
+            # Entered anew each time: between batches the model is its owner's.
+            with passing(model, [point]) as one_pass:
+                (found,) = one_pass(batch, first_context)
         except torch.OutOfMemoryError:
             if batch_size is not None or size == 1:
                 raise
@@ -65,36 +68,38 @@ def activation_batches(
         waiting = waiting[size:]
 
 
-def one_pass(
-    model: PreTrainedModel,
-    contexts: Sequence[Context],
-    points: Sequence[HookPoint],
-    *,
-    first_context: int = 0,
-) -> list[Tensor]:
-    """Activations of equally long contexts at each point, from one forward pass.
+@contextmanager
+def passing(
+    model: PreTrainedModel, points: Sequence[HookPoint]
+) -> Iterator[Callable[[Sequence[Context], int], list[Tensor]]]:
+    """A function from equally long contexts, and the number of the first, to their activations.
 
-    Returns, for each point, [contexts, context_size, d_model] in the model's dtype, on its device.
-
-    Raises:
-        CacheError: an activation is not finite, or a token is not among the model's.
+    It returns, for each point, [contexts, context_size, d_model] in the model's dtype, on its
+    device, from one forward pass; CacheError where an activation is not finite or a token is not
+    among the model's. Within the context the model is good for nothing else.
     """
     known = model.get_input_embeddings().weight.shape[0]
-    tokens = np.stack([context.tokens for context in contexts])
-    if tokens.max() >= known:
-        raise CacheError(
-            f"token {tokens.max()} is not among the {known} that the model knows: the "
-            "tokenizer belongs to another model; load both from one folder or Hub id"
-        )
-    found = activations(model, points, torch.from_numpy(tokens).long())
-    for point, x in found.items():
-        if not bool(torch.isfinite(x).all()):
-            bad = int((~torch.isfinite(x)).flatten(1).any(dim=1).nonzero()[0])
+
+    def one_pass(contexts: Sequence[Context], first_context: int) -> list[Tensor]:
+        tokens = np.stack([context.tokens for context in contexts])
+        if tokens.max() >= known:
             raise CacheError(
-                f"the activations of context {first_context + bad} at {point} are not finite; "
-                "load the model with --model.dtype float32 (or bfloat16), or check its weights"
+                f"token {tokens.max()} is not among the {known} that the model knows: the "
+                "tokenizer belongs to another model; load both from one folder or Hub id"
             )
-    return [found[point] for point in points]
+        found = read(torch.from_numpy(tokens).long())
+        for point, x in found.items():
+            # A sum is quicker than looking at each, and finite only where all are.
+            if not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
+                bad = int((~torch.isfinite(x)).flatten(1).any(dim=1).nonzero()[0])
+                raise CacheError(
+                    f"the activations of context {first_context + bad} at {point} are not finite; "
+                    "load the model with --model.dtype float32 (or bfloat16), or check its weights"
+                )
+        return [found[point] for point in points]
+
+    with fast_products(model), reading(model, points) as read:
+        yield one_pass
 
 
 def check_batch_size(batch_size: int | None) -> None:
@@ -109,7 +114,7 @@ def usual_batch_size(model: PreTrainedModel, context_size: int) -> int:
 
 
 def found_batch_size(
-    model: PreTrainedModel, contexts: Sequence[Context], points: Sequence[HookPoint]
+    one_pass: Callable[[Sequence[Context], int], Any], contexts: Sequence[Context], device: str
 ) -> int:
     """The contexts a forward pass with which tokens go through fastest: 1, 2, 4, … are timed.
 
@@ -117,38 +122,41 @@ def found_batch_size(
     that is less than 5% slower than the fastest and smaller is taken in its place.
 
     Args:
+        one_pass: from `passing`.
         contexts: to try it on; no size above their number is.
+        device: the model's: "cpu", "cuda", …
+
+    Raises:
+        CacheError: not even one context fits into the memory.
     """
-    size, rates = 1, dict[int, float]()
-    most = MOST_TOKENS_A_PASS.get(model.device.type, 16384) // len(contexts[0].tokens)
-    while size <= min(len(contexts), max(1, most)):
+    most = MOST_TOKENS_A_PASS.get(device, 16384) // len(contexts[0].tokens)
+    rates: list[float] = []  # of 1, 2, 4, …
+    while 2 ** len(rates) <= min(len(contexts), max(1, most)):
         try:
-            rates[size] = _tokens_a_second(model, contexts[:size], points)
+            rates.append(_contexts_a_second(one_pass, contexts[: 2 ** len(rates)]))
         except torch.OutOfMemoryError:
             break
-        best = max(rates.values())
-        if all(rates.get(size >> i, best) < 1.05 * rates.get(size >> 2, 0) for i in (0, 1)):
+        if len(rates) > 2 and max(rates[-2:]) < 1.05 * max(rates[:-2]):
             break
-        size *= 2
     if not rates:
         raise CacheError(
             "not even one context fits into the device's memory; use a shorter "
             "--cache.context-size, or --model.dtype bfloat16"
         )
-    return min(size for size, rate in rates.items() if rate * 1.05 >= max(rates.values()))
+    good = [doublings for doublings, rate in enumerate(rates) if 1.05 * rate >= max(rates)]
+    return int(2 ** good[0])
 
 
-def _tokens_a_second(
-    model: PreTrainedModel, contexts: Sequence[Context], points: Sequence[HookPoint]
+def _contexts_a_second(
+    one_pass: Callable[[Sequence[Context], int], Any], contexts: Sequence[Context]
 ) -> float:
     """Of the fastest of a few passes: another program can slow one down, none speeds one up."""
-    seconds, spent = list[float](), 0.0
-    while spent < TRIED_SECONDS or len(seconds) < 2:
+    seconds: list[float] = []
+    while len(seconds) < 2 or sum(seconds) < TRIED_SECONDS:
         begin = time.perf_counter()
-        for x in one_pass(model, contexts, points):
+        for x in one_pass(contexts, 0):
             x.cpu()
         seconds.append(time.perf_counter() - begin)
-        spent += seconds[-1]
-        if seconds[-1] > 4 * TRIED_SECONDS:  # so large a model needs no second look
+        if seconds[-1] > 4 * TRIED_SECONDS:  # a model as large as this needs no second look
             break
-    return len(contexts) * len(contexts[0].tokens) / min(seconds)
+    return len(contexts) / min(seconds)

@@ -66,7 +66,7 @@ class Encoder(NamedTuple):
         """
         n = ROWS_A_PIECE
         if self.x.device.type != "cpu":
-            n = max(n, ELEMENTS_A_PIECE // len(self.encoder))
+            n = max(n, ELEMENTS_A_PIECE // max(1, len(self.encoder)))
         if not self.approximate:
             room = self.x.new_empty(min(n, len(self.x)), len(self.encoder))
             for first in range(0, len(self.x), n):

@@ -162,7 +162,7 @@ class Trainer:
         variance = max(float((target - target.mean(0)).square().sum(-1).mean()), 1e-12)
         architecture = ARCHITECTURES[settings.architecture]
         d_sae = settings.d_sae
-        widths = (d_sae,)
+        widths: tuple[int, ...] = (d_sae,)
         if architecture.nested:
             widths = settings.widths or tuple(max(1, d_sae // 2**n) for n in (4, 3, 2, 1, 0))
             widths = tuple(sorted(set(widths)))
@@ -177,13 +177,10 @@ class Trainer:
             first_latent=_slice(d_sae, ranks).start if by_features else 0,
         )  # fmt: skip
         self.lr = 2.5 / math.sqrt(d_in * d_sae) if settings.lr is None else settings.lr
-        self.sparsity = settings.sparsity
-        if self.sparsity is None:
-            self.sparsity = DEFAULT_SPARSITY.get(settings.architecture, 0.0)
-        self.dead_after = settings.dead_after
-        if self.dead_after is None:
-            all_tokens = steps * stream.batch_size
-            self.dead_after = max(4 * stream.batch_size, min(10_000_000, all_tokens // 20))
+        usual = DEFAULT_SPARSITY.get(settings.architecture, 0.0)
+        self.sparsity = usual if settings.sparsity is None else settings.sparsity
+        usual_wait = max(4 * stream.batch_size, min(10_000_000, steps * stream.batch_size // 20))
+        self.dead_after = usual_wait if settings.dead_after is None else settings.dead_after
         self.weights = self._initial(x, target)
         n = len(self.weights["b_enc"])
         self.last_fired = torch.zeros(n, dtype=torch.long, device=self.device)
@@ -238,7 +235,8 @@ class Trainer:
             self.plan, self.weights, x, target,
             sparsity=self.sparsity * min(1.0, (self.done + 1) / warm), dead=dead,
         )  # fmt: skip
-        loss = float(result.loss)
+        figures = self._figures(result, dead)
+        loss = figures["loss"]
         if not loss < EXPLODED:
             check_finite(x, f"in the batch of step {self.done + 1}")
             raise TrainingError(
@@ -249,7 +247,7 @@ class Trainer:
         self._update(result.gradients, lr)
         self.done += 1
         self.last_fired[result.fired] = seen + self._stream.batch_size
-        return self._figures(result, lr, dead)
+        return figures | {"lr": lr}
 
     def _update(self, gradients: Weights, lr: float) -> None:
         """One Adam step along the sphere on which decoder rows live."""
@@ -265,19 +263,19 @@ class Trainer:
         if "threshold" in self.weights:
             self.weights["threshold"].clamp_min_(0)
 
-    def _figures(self, result: Step, lr: float, dead: Tensor) -> dict[str, float]:
-        n_dead = torch.tensor([len(dead)], device=self.device)
-        self.plan.latent_ranks.sum_(n_dead)
-        return {
-            "loss": float(result.loss),
-            "fvu": float(result.fvu),
-            "ev": 1 - float(result.fvu),
-            "penalty": float(result.penalty),
-            "aux": float(result.aux),
-            "l0": float(result.l0),
-            "dead_fraction": float(n_dead) / self.settings.d_sae,
-            "lr": lr,
+    def _figures(self, result: Step, dead: Tensor) -> dict[str, float]:
+        n_dead = torch.tensor(float(len(dead)), device=self.device)
+        parts = {
+            "loss": result.loss,
+            "fvu": result.fvu,
+            "penalty": result.penalty,
+            "aux": result.aux,
+            "l0": result.l0,
+            "dead_fraction": self.plan.latent_ranks.sum_(n_dead) / self.settings.d_sae,
         }
+        # One transfer: a GPU is waited for once.
+        values = torch.stack(list(parts.values())).tolist()
+        return {**dict(zip(parts, values, strict=True)), "ev": 1 - values[1]}
 
     def state(self) -> dict[str, Tensor]:
         """Everything that an exact resume needs, by name."""

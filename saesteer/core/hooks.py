@@ -61,21 +61,38 @@ def activations(
     from it, so that a row's activations don't depend on the padding beside it. Returns
     [batch, seq, d_model] for each point (meaningless where the mask is 0).
     """
-    points = list(points)
-    if not points:
-        return {}
+    with reading(model, points) as read:
+        return read(input_ids, attention_mask)
+
+
+@contextmanager
+def reading(
+    model: nn.Module, points: Iterable[HookPoint]
+) -> Iterator[Callable[..., dict[HookPoint, Tensor]]]:
+    """`activations` of many batches: a function of (input_ids, attention_mask=None).
+
+    Within the context every pass of the model stops early, so that it is good for nothing else.
+    """
+    points = list(dict.fromkeys(points))
     device = next(model.parameters()).device
-    call: dict[str, Any] = {"use_cache": False}
-    if attention_mask is not None:
-        call["attention_mask"] = attention_mask = attention_mask.to(device)
-        if "position_ids" in inspect.signature(model.forward).parameters:
-            call["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    with torch.no_grad(), ExitStack() as stack:
-        found = stack.enter_context(capture(model, points))
-        _stop_after(stack, model, points)
-        with suppress(_Deep):
+
+    def read(input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[HookPoint, Tensor]:
+        if not points:
+            return {}
+        call: dict[str, Any] = {"use_cache": False}
+        if attention_mask is not None:
+            call["attention_mask"] = attention_mask = attention_mask.to(device)
+            if "position_ids" in inspect.signature(model.forward).parameters:
+                call["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        with torch.no_grad(), suppress(_Deep):
             model(input_ids=input_ids.to(device), **call)
-    return found
+        return {point: found.pop(point) for point in points}
+
+    with ExitStack() as stack:
+        found = stack.enter_context(capture(model, points))
+        if points:
+            _stop_after(stack, model, points)
+        yield read
 
 
 @contextmanager
