@@ -24,7 +24,7 @@ class ModelConfig:
     revision: str | None = None
     """Commit, tag or branch on the Hub."""
     dtype: str | None = None
-    """float32, bfloat16 or float16; by default as the weights were saved."""
+    """float32, bfloat16, float16 or float64; by default as the weights were saved."""
     device: str = "cpu"
     """Where the model runs: cpu, cuda, cuda:1, mps."""
     trust_remote_code: bool = False
@@ -124,7 +124,8 @@ class TrainConfig:
     b_dec_init: str = "mean"
     """Where the decoder's bias starts: mean or geometric_median of the activations."""
     products: str = "auto"
-    """What large products are made in: float32, bfloat16, or auto (as the hardware gains)."""
+    """What large products are made in: float32, bfloat16, auto (as the hardware gains), or float64
+    for all of training (slow, and the same SAE on every machine)."""
     seed: int = 0
     """Seed of the weights and of the order of the tokens."""
     share: str = "rows"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from saesteer import stages
-from saesteer.config import Config
+from saesteer.config import Config, check_ranges
 from saesteer.core.files import alone, write_json
 from saesteer.core.hooks import activations
 from saesteer.core.model import fingerprint
@@ -157,6 +157,7 @@ def joined(run: Run) -> tuple[Run, Ranks]:
 
 def _check(config: Config) -> None:
     """Refuse what can't be trained before anything is cached for it."""
+    check_ranges(config)
     check_settings(_settings(config), transcoder=bool(config.sae.hook_point_out))
 
 

@@ -163,7 +163,8 @@ def fit_vector(
 
 
 def _has_cache(run: Run) -> bool:
-    return (run.path / "activations" / "manifest.json").exists()
+    # A live run holds out other contexts: a cache from before holds what it was trained on.
+    return not run.config.rows.live and (run.path / "activations" / "manifest.json").exists()
 
 
 def text_source(run: Run, source: str | None = None) -> dict[str, str]:

@@ -76,7 +76,9 @@ def test_every_field_explains_itself():
         config.TextConfig,
         config.CacheConfig,
         config.SaeConfig,
+        config.RowsConfig,
         config.TrainConfig,
+        config.SweepConfig,
     ):
         for field in dataclasses.fields(kind):
             line = next(i for i, x in enumerate(source.split("\n")) if f"    {field.name}: " in x)

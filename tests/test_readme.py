@@ -1,12 +1,14 @@
-"""Every code block of the README and the examples in configs/ are executed.
+"""Every code block of the README and docs/ and the examples in configs/ are executed.
 
 Hub names are mapped to tiny local stand-ins of the same architecture: what can't be had offline is
 the weights, not the path that loads them.
 """
 
+import dataclasses
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -17,15 +19,17 @@ from transformers import AutoModelForCausalLM
 from saesteer import config
 from saesteer.cli.main import main
 from saesteer.core import model as models
+from saesteer.training.architectures import ARCHITECTURES
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+TRAINING = (ROOT / "docs" / "training.md").read_text()
 WORDS = "the boy saw a ship at sea and the old dog heard rain in the house . "
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language, page=README):
+    return re.findall(rf"^```{language}\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
 
 
 def commands(block):
@@ -52,13 +56,21 @@ def workplace(tmp_path, monkeypatch):
         known = ("openai-community/gpt2", "path/or/hub-id", "path/or/id")
         return str(tmp_path / "gpt2") if model_id in known else hub(model_id)
 
+    def in_layer_1(point):
+        return re.sub(r"layers\.\d+", "layers.1", point)
+
     def small(path):
         """The same configuration, in a size for a test."""
         values = tomllib.loads(Path(path).read_text())
         values.setdefault("text", {})["source"] = str(tmp_path / "my.txt")
         values["cache"] |= {"tokens": 4000, "context_size": 32}
-        values["cache"]["hook_point"] = "layers.1.resid_post"
+        values["cache"]["hook_point"] = in_layer_1(values["cache"]["hook_point"])
         values["sae"] |= {"d_sae": 64, "k": 8}
+        if values["sae"].get("hook_point_out"):
+            values["sae"]["hook_point_out"] = in_layer_1(values["sae"]["hook_point_out"])
+        if values["sae"].get("widths"):
+            values["sae"]["widths"] = [4, 16, 64]
+        values.setdefault("rows", {})["buffer"] = 20
         values.setdefault("train", {}).update({"tokens": 20_000, "batch_size": 256})
         return config._build(config.Config, values, str(path))
 
@@ -69,6 +81,8 @@ def workplace(tmp_path, monkeypatch):
 
 def run_all(lines):
     for line in lines:
+        if line[0] == "torchrun":  # tests/test_fitting.py starts two processes
+            line = line[line.index("-m") + 1 :]
         assert line[0] == "saesteer"
         assert main(line[1:]) == 0, " ".join(line)
 
@@ -109,6 +123,52 @@ def test_your_own_model_text_and_sae(workplace, capsys):
     (workplace / "runs" / "mine" / "sae").rename(borrowed)
     run_all(lines[1:])
     assert len((workplace / "texts.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.fixture
+def mine(workplace):
+    """`my.toml`, the run that it makes, and its SAE as someone else's."""
+    (workplace / "my.toml").write_text(blocks("toml")[0])
+    run_all([["saesteer", "train", "my.toml"]])
+    shutil.copytree(workplace / "runs/mine/sae", workplace / "path/or/release/id")
+    return workplace
+
+
+def test_training_in_other_ways(mine, capsys):
+    run_all(commands(blocks("sh")[3]))
+    assert len(json.loads((mine / "runs/sweep/sweep/sweep.json").read_text())) == 3
+    assert not (mine / "runs/live/activations").exists()
+    assert "nothing was uploaded" in capsys.readouterr().out
+
+
+def test_the_table_of_architectures_is_what_there_is():
+    rows = [line.split("|")[1:-1] for line in README.splitlines() if line.startswith("| `")]
+    told = {row[0].strip(" `"): row[2].strip() for row in rows}
+    assert told == {name: each.saved_as for name, each in ARCHITECTURES.items()}
+    for row in rows:
+        chooses = ARCHITECTURES[row[0].strip(" `")].chooses
+        assert ("sae.k" if chooses else "sae.sparsity") in row[3]
+
+
+def test_the_page_on_training(mine, capsys):
+    for number, toml in enumerate(blocks("toml", TRAINING)):
+        (mine / f"{number}.toml").write_text(toml)
+        run_all([["saesteer", "train", f"{number}.toml"]])
+    for block in blocks("sh", TRAINING):
+        run_all(commands(block))
+    assert json.loads((mine / "runs/transcoder/sae/cfg.json").read_text())["d_out"] == 32
+    assert {p.suffix for p in (mine / "runs/mine/plots").iterdir()} == {".svg", ".png"}
+    assert (mine / "runs/mine/hub/README.md").exists()
+    assert (mine / "runs/gpt2-l6-sweep/sweep/topk-k32/features.sqlite").exists()
+
+
+def test_keys_that_pages_name_exist():
+    tables = {f.name: f.type for f in dataclasses.fields(config.Config)}
+    for page in (README, TRAINING):
+        named = re.findall(r"`(model|text|cache|sae|rows|train|sweep)\.([a-z_]+)\b", page)
+        assert len(named) > 4
+        for table, key in named:
+            assert key in {f.name for f in dataclasses.fields(tables[table])}, f"{table}.{key}"
 
 
 def test_the_short_toml_is_a_whole_configuration(tmp_path):

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -21,7 +22,7 @@ from saesteer.training.packing import Context
 # Tokens a forward pass where nobody has looked for a better size.
 TOKENS_A_PASS = {"cpu": 1024, "cuda": 65536, "mps": 8192}
 # The most that is tried: on a CPU more only costs memory; on CUDA memory itself is the bound.
-MOST_TOKENS_A_PASS = {"cpu": 16384, "cuda": 2**20, "mps": 65536}
+MOST_TOKENS_A_PASS = {"cpu": 8192, "cuda": 2**20, "mps": 65536}
 # A size is tried for so long, in seconds, but at least once.
 TRIED_SECONDS = 0.25
 
@@ -102,6 +103,26 @@ def passing(
         yield one_pass
 
 
+@contextmanager
+def workers(model: PreTrainedModel) -> Iterator[tuple[Executor, int]]:
+    """Threads, and how many, that run passes side by side: on a CPU as many as torch has, of one core each.
+
+    The passes of a small model don't fill several cores, and where one core is late, the others
+    wait for it at every layer; passes of their own do neither. A GPU has one thread.
+    """
+    threads = torch.get_num_threads()
+    if model.device.type != "cpu" or threads == 1:
+        with ThreadPoolExecutor(1) as pool:
+            yield pool, 1
+        return
+    torch.set_num_threads(1)  # of each thread that is started from here on, too
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield pool, threads
+    finally:
+        torch.set_num_threads(threads)
+
+
 def check_batch_size(batch_size: int | None) -> None:
     """Raise CacheError for a batch size below 1."""
     if batch_size is not None and batch_size < 1:
@@ -114,7 +135,11 @@ def usual_batch_size(model: PreTrainedModel, context_size: int) -> int:
 
 
 def found_batch_size(
-    one_pass: Callable[[Sequence[Context], int], Any], contexts: Sequence[Context], device: str
+    one_pass: Callable[[Sequence[Context], int], Any],
+    contexts: Sequence[Context],
+    pool: Executor,
+    n_workers: int,
+    device: str,
 ) -> int:
     """The contexts a forward pass with which tokens go through fastest: 1, 2, 4, … are timed.
 
@@ -124,16 +149,17 @@ def found_batch_size(
     Args:
         one_pass: from `passing`.
         contexts: to try it on; no size above their number is.
+        pool, n_workers: from `workers`; each of them gets a pass at once.
         device: the model's: "cpu", "cuda", …
 
     Raises:
         CacheError: not even one context fits into the memory.
     """
-    most = MOST_TOKENS_A_PASS.get(device, 16384) // len(contexts[0].tokens)
+    most = MOST_TOKENS_A_PASS.get(device, 8192) // len(contexts[0].tokens)
     rates: list[float] = []  # of 1, 2, 4, …
     while 2 ** len(rates) <= min(len(contexts), max(1, most)):
         try:
-            rates.append(_contexts_a_second(one_pass, contexts[: 2 ** len(rates)]))
+            rates.append(_contexts_a_second(one_pass, contexts[: 2 ** len(rates)], pool, n_workers))
         except torch.OutOfMemoryError:
             break
         if len(rates) > 2 and max(rates[-2:]) < 1.05 * max(rates[:-2]):
@@ -148,14 +174,21 @@ def found_batch_size(
 
 
 def _contexts_a_second(
-    one_pass: Callable[[Sequence[Context], int], Any], contexts: Sequence[Context]
+    one_pass: Callable[[Sequence[Context], int], Any],
+    contexts: Sequence[Context],
+    pool: Executor,
+    n_workers: int,
 ) -> float:
-    """Of the fastest of a few passes: another program can slow one down, none speeds one up."""
+    """Of the fastest of a few turns: another program can slow one down, none speeds one up."""
+
+    def run(_: int) -> None:
+        for x in one_pass(contexts, 0):
+            x.cpu()
+
     seconds: list[float] = []
     while len(seconds) < 2 or sum(seconds) < TRIED_SECONDS:
         begin = time.perf_counter()
-        for x in one_pass(contexts, 0):
-            x.cpu()
+        list(pool.map(run, range(n_workers)))
         seconds.append(time.perf_counter() - begin)
         if seconds[-1] > 4 * TRIED_SECONDS:  # a model as large as this needs no second look
             break

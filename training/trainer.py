@@ -23,7 +23,9 @@ _CALIBRATION = 2**17
 _ROWS = 1024
 # A loss this many times the variance never comes back.
 EXPLODED = 1e4
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,9 @@ class Settings:
         dead_after: a latent is dead when it fired on none of that many tokens; by default 5% of
             all, 4 batches at least and 10 million at most.
         products: "float32", "bfloat16" or "auto": what large products are made in. Weights, values
-            and sums stay float32. Auto takes bfloat16 where the processor has it in hardware.
+            and sums stay float32. Auto takes bfloat16 where the processor has it in hardware. With
+            "float64" all of it is float64: slow, and the same on every machine to many digits,
+            where the others' rounding grows into another SAE.
         skip: a transcoder also has a linear path past its latents.
     """
 
@@ -153,7 +157,8 @@ class Trainer:
             )
         self.settings, self.identity, self.steps = settings, dict(identity), steps
         self._stream, self.device = stream, torch.device(device)
-        x, target = (each.to(self.device) for each in stream.sample)
+        self._dtype = torch.float64 if settings.products == "float64" else torch.float32
+        x, target = (each.to(self.device, self._dtype) for each in stream.sample)
         for each in (x, target):
             check_finite(each, "before the first step")
         d_in = x.shape[1]
@@ -191,17 +196,20 @@ class Trainer:
         """Random unit decoder rows, the encoder along them, b_dec at the middle of the target."""
         about, architecture = self.settings, self.plan.architecture
         generator = torch.Generator().manual_seed(about.seed)
-        decoder = F.normalize(torch.randn(about.d_sae, target.shape[1], generator=generator), dim=1)
-        encoder = decoder.clone()
-        if not self.plan.subtract_b_dec:
-            encoder = F.normalize(torch.randn(about.d_sae, x.shape[1], generator=generator), dim=1)
+
+        def directions(width: int) -> Tensor:
+            rows = torch.randn(about.d_sae, width, generator=generator)
+            return F.normalize(rows.to(self._dtype), dim=1)
+
+        decoder = directions(target.shape[1])
+        encoder = decoder.clone() if self.plan.subtract_b_dec else directions(x.shape[1])
         if architecture.solve is not None:
             # About half of all latents fire at first: so small that together they make up x.
             encoder *= min(1.0, 2 * x.shape[1] / about.d_sae)
         middle = target.mean(0) if about.b_dec_init == "mean" else _geometric_median(target)
         weights = {
             "encoder": encoder.to(self.device),
-            "b_enc": torch.zeros(about.d_sae, device=self.device),
+            "b_enc": torch.zeros(about.d_sae, device=self.device, dtype=self._dtype),
             "decoder": decoder.to(self.device),
             "b_dec": middle,
         }
@@ -210,7 +218,7 @@ class Trainer:
         for name, value in architecture.extra:
             weights[name] = torch.full_like(weights["b_enc"], value)
         if about.skip:
-            weights["skip"] = torch.zeros(target.shape[1], x.shape[1], device=self.device)
+            weights["skip"] = target.new_zeros(target.shape[1], x.shape[1])
         if self.plan.by_features:
             mine = _slice(about.d_sae, self.plan.ranks)
             weights = {
@@ -225,8 +233,11 @@ class Trainer:
         Raises:
             TrainingError: the loss is NaN, infinite or exploding, or the activations aren't finite.
         """
-        x, target = batch.x.to(self.device) * self.scales.x, batch.target
-        target = x if target is batch.x else target.to(self.device) * self.scales.target
+        x, target = batch.x.to(self.device, self._dtype) * self.scales.x, batch.target
+        if target is batch.x:
+            target = x
+        else:
+            target = target.to(self.device, self._dtype) * self.scales.target
         lr = self.lr * _rise_and_fall(self.done, self.steps, self.settings)
         warm = max(1.0, self.settings.sparsity_warm_up * self.steps)
         seen = self.done * self._stream.batch_size
@@ -323,7 +334,7 @@ class Trainer:
             }
         s, t = self.scales
         folded = {
-            name: (tensor if name in ("decoder", "r_mag") else tensor / t).cpu()
+            name: (tensor if name in ("decoder", "r_mag") else tensor / t).float().cpu()
             for name, tensor in weights.items()
         }
         architecture = self.plan.architecture.saved_as
@@ -344,9 +355,8 @@ class Trainer:
     def _held_out(self) -> Iterator[Encoder]:
         plan = self.plan
         for x in self._stream.held_out(_CALIBRATION):
-            yield encoder_of(plan, self.weights, x.to(self.device) * self.scales.x)._replace(
-                dtype=torch.float32
-            )
+            y = x.to(self.device, self._dtype) * self.scales.x
+            yield encoder_of(plan, self.weights, y)._replace(dtype=self._dtype)
 
 
 def check_finite(x: Tensor, where: str) -> None:

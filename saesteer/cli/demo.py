@@ -44,9 +44,14 @@ def demo(
     from saesteer.effects import planted
 
     begin = time.monotonic()
-    made = Run.create(demo_config(run, seed))
-    write_stories(Path(made.config.text.source), seed)
-    fitting.train(made)
+    config = demo_config(run, seed)
+    # Activations rounded from float64, like the training, are the same on every machine.
+    exact = dataclasses.replace(config.model, dtype="float64")
+    trained = Run.create(dataclasses.replace(config, model=exact))
+    write_stories(Path(config.text.source), seed)
+    fitting.train(trained)
+    made = Run(run, config)
+    made.save_config()
     figures = stages.evaluate(made)
     stages.index(made)
     report = planted.measure(made.model, made.tokenizer, made.sae, made.index, seed=seed)

@@ -6,6 +6,7 @@ sees the edits of the contexts around it.
 """
 
 import inspect
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -35,18 +36,20 @@ def capture(model: nn.Module, points: Iterable[HookPoint]) -> Iterator[dict[Hook
     gradients flow to and from it. Raises HookPointError for a place the model doesn't have.
     """
     found: dict[HookPoint, Tensor] = {}
-
-    def reader(point: HookPoint) -> Callable[[Tensor], None]:
-        def read(x: Tensor) -> None:
-            # Some blocks add to this very tensor later (Falcon's `mlp_output += …`).
-            found[point] = x.clone()
-
-        return read
-
     with ExitStack() as stack:
         for point in dict.fromkeys(points):
-            _attach(stack, model, point, reader(point))
+            _attach(stack, model, point, _keeper(point, lambda: found))
         yield found
+
+
+def _keeper(
+    point: HookPoint, store: Callable[[], dict[HookPoint, Tensor]]
+) -> Callable[[Tensor], None]:
+    def keep(x: Tensor) -> None:
+        # Some blocks add to this very tensor later (Falcon's `mlp_output += …`).
+        store()[point] = x.clone()
+
+    return keep
 
 
 def activations(
@@ -72,8 +75,14 @@ def reading(
     """`activations` of many batches: a function of (input_ids, attention_mask=None).
 
     Within the context every pass of the model stops early, so that it is good for nothing else.
+    The function can be called from several threads at once.
     """
     points = list(dict.fromkeys(points))
+    here = threading.local()
+
+    def found() -> dict[HookPoint, Tensor]:
+        return here.__dict__.setdefault("found", {})
+
     device = next(model.parameters()).device
 
     def read(input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[HookPoint, Tensor]:
@@ -86,10 +95,11 @@ def reading(
                 call["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         with torch.no_grad(), suppress(_Deep):
             model(input_ids=input_ids.to(device), **call)
-        return {point: found.pop(point) for point in points}
+        return {point: found().pop(point) for point in points}
 
     with ExitStack() as stack:
-        found = stack.enter_context(capture(model, points))
+        for point in points:
+            _attach(stack, model, point, _keeper(point, found))
         if points:
             _stop_after(stack, model, points)
         yield read
@@ -167,15 +177,15 @@ def _attach(
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
         return
 
-    shape: list[torch.Size] = []
+    shape = threading.local()
     if point.site in HALVES:
         _remember_shape(stack, decoder_layers(model)[point.layer], shape)
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         x = _first(output)
         # OPT's second half works on [batch * seq, d_model].
-        flat = x.dim() == 2 and bool(shape)
-        new = use(x.view(*shape[0], -1) if flat else x)
+        flat = x.dim() == 2 and hasattr(shape, "last")
+        new = use(x.view(*shape.last, -1) if flat else x)
         if new is None:
             return None
         new = new.reshape(x.shape) if flat else new
@@ -187,11 +197,11 @@ def _attach(
         _check_halves(stack, model, point.layer)
 
 
-def _remember_shape(stack: ExitStack, block: nn.Module, shape: list[torch.Size]) -> None:
-    """Keep [batch, seq] of what the block was last called with in `shape`."""
+def _remember_shape(stack: ExitStack, block: nn.Module, shape: threading.local) -> None:
+    """Keep [batch, seq] of what the block was last called with, in this thread, in `shape.last`."""
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        shape[:] = [(args[0] if args else kwargs["hidden_states"]).shape[:2]]
+        shape.last = (args[0] if args else kwargs["hidden_states"]).shape[:2]
 
     with _in_order(stack, block._forward_pre_hooks):
         stack.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
@@ -204,14 +214,15 @@ def _check_halves(stack: ExitStack, model: nn.Module, layer: int) -> None:
     resid_pre + attn_out + mlp_out == resid_post is measured, and HookPointError raised if not.
     """
     block = decoder_layers(model)[layer]
-    seen: dict[str, Tensor] = {}
+    here = threading.local()
     done: list[bool] = []
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not done:
-            seen["resid_pre"] = args[0] if args else kwargs["hidden_states"]
+            here.__dict__["resid_pre"] = args[0] if args else kwargs["hidden_states"]
 
     def compare(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen: dict[str, Tensor] = here.__dict__
         if done or block.training or len(seen) < 3:  # while training, dropout comes between
             return
         done.append(True)
@@ -229,7 +240,7 @@ def _check_halves(stack: ExitStack, model: nn.Module, layer: int) -> None:
     def watch(site: str) -> None:
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if not done:
-                seen[site] = _first(output).clone()
+                here.__dict__[site] = _first(output).clone()
 
         setattr(after, _RUNS_LAST, True)
         module = site_module(model, HookPoint(layer, site))[0]

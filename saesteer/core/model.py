@@ -37,7 +37,12 @@ EMBEDDED = "planted"
 """The model id of the small language model that comes with the package."""
 
 _EMBEDDED_FOLDER = Path(__file__).parent.parent / "world" / "lm"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 _LOAD_ERRORS = (
     OSError,
     ValueError,
@@ -63,7 +68,7 @@ def load_model(
     """Load a causal language model and its tokenizer, ready to be read and steered.
 
     model_id: a Hub id, a local folder, or "planted" for the embedded model.
-    dtype: "float32", "bfloat16" or "float16"; None takes the stored one (float16 becomes float32
+    dtype: "float32", "bfloat16", "float16" or "float64"; None takes the stored one (float16 becomes float32
     on a CPU, which computes badly in it).
 
     The model is in eval mode and its parameters are frozen (gradients still reach activations).
