@@ -20,11 +20,12 @@ machines may be shared, so quote ratios.
 def alternating(
     sides: Mapping[str, Callable[[], float]], rounds: int, shown: Callable[[str], None] = print
 ) -> dict[str, list[float]]:
-    """Run every side once a round, in turn; what each returned, by side."""
+    """Run every side once a round, forwards and backwards in turn; what each returned, by side."""
     found: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds):
-        for name, run in sides.items():
-            found[name].append(run())
+        turn = list(sides) if number % 2 == 0 else list(reversed(sides))
+        for name in turn:
+            found[name].append(sides[name]())
         latest = ", ".join(f"{name} {values[-1]:,.0f}" for name, values in found.items())
         shown(f"round {number + 1} of {rounds}: {latest}")
     return found
@@ -34,6 +35,14 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
     """The median of the ratios of runs that stood side by side, and their range."""
     ratios = sorted(a / b for a, b in zip(above, below, strict=True))
     return {"ratio": statistics.median(ratios), "low": ratios[0], "high": ratios[-1]}
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """The first and the third; of a single value, twice that."""
+    if len(values) < 2:
+        return values[0], values[0]
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, third
 
 
 def machine(*packages: str) -> str:

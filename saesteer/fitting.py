@@ -24,8 +24,9 @@ from saesteer.training import loop, packing, rows
 from saesteer.training import text as reading
 from saesteer.training.architectures import ARCHITECTURES
 from saesteer.training.ranks import ALONE, Ranks, join
+from saesteer.training.settings import Settings, check_settings
 from saesteer.training.stream import CachedStream, LiveStream, Stream
-from saesteer.training.trainer import Settings, Trainer, check_settings
+from saesteer.training.trainer import Trainer
 
 # How a sweep's keys are written in the names of its runs: topk-d2048-k16-lr0.001-seed0.
 _SHORT = {

@@ -20,7 +20,8 @@ from saesteer.errors import TrainingError
 from saesteer.training import checkpoints as checkpoints_module
 from saesteer.training.architectures import ARCHITECTURES, Weights
 from saesteer.training.rows import batches
-from saesteer.training.trainer import Settings, Trainer, _rise_and_fall
+from saesteer.training.settings import Settings
+from saesteer.training.trainer import Trainer, _rise_and_fall
 from tests.trained import (
     BATCH,
     D_SAE,

@@ -13,8 +13,9 @@ from saesteer.core.model import HookPoint
 from saesteer.core.sae import Sae
 from saesteer.training.loop import Job, fit
 from saesteer.training.ranks import ALONE, Ranks
+from saesteer.training.settings import Settings
 from saesteer.training.stream import CachedStream
-from saesteer.training.trainer import Settings, Trainer
+from saesteer.training.trainer import Trainer
 
 D, D_SAE, K, BATCH, STEPS = 16, 48, 4, 64, 60
 IDENTITY: dict[str, Any] = {

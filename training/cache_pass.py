@@ -105,7 +105,7 @@ def passing(
 
 @contextmanager
 def workers(model: PreTrainedModel) -> Iterator[tuple[Executor, int]]:
-    """Threads, and how many, that run passes side by side: on a CPU as many as torch has, of one core each.
+    """Threads that run passes side by side, and how many: on a CPU as many as torch has cores.
 
     The passes of a small model don't fill several cores, and where one core is late, the others
     wait for it at every layer; passes of their own do neither. A GPU has one thread.

@@ -36,8 +36,7 @@ class DictionaryLearning:
         folder = INSTALLED / "dictionary_learning"
         if not folder.exists():
             raise NotInstalledError(
-                "not installed; try: make peers (or the command in "
-                "benchmarks/peers/dictionary_learning.txt)"
+                "not installed; benchmarks/peers/dictionary_learning.txt says how"
             )
         self._variance = task.variance
         self._folder = tempfile.TemporaryDirectory()
@@ -46,11 +45,13 @@ class DictionaryLearning:
         save_file(
             {name: weights[name].contiguous() for name in names} | {"batches": batches}, tensors
         )
-        self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", HERE / "dictionary_learning_worker.py"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | {"PYTHONPATH": str(folder)},
-        )  # fmt: skip
+        self._complaints = Path(self._folder.name, "stderr")
+        with self._complaints.open("w") as stderr:
+            self._process = subprocess.Popen(
+                [sys.executable, "-W", "ignore", HERE / "dictionary_learning_worker.py"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True,
+                env=os.environ | {"PYTHONPATH": str(folder)},
+            )  # fmt: skip
         given = {
             "architecture": task.architecture, "d": task.d, "d_sae": task.d_sae, "k": task.k,
             "lr": task.lr, "threads": torch.get_num_threads(), "tensors": str(tensors),
@@ -73,8 +74,7 @@ class DictionaryLearning:
             self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
-            assert self._process.stderr is not None
-            last = self._process.stderr.read().strip().splitlines()[-1:]
+            last = self._complaints.read_text().strip().splitlines()[-1:]
             raise NotInstalledError(f"its process ended: {''.join(last) or 'without a word'}")
         return answer
 

@@ -68,8 +68,8 @@ def load_model(
     """Load a causal language model and its tokenizer, ready to be read and steered.
 
     model_id: a Hub id, a local folder, or "planted" for the embedded model.
-    dtype: "float32", "bfloat16", "float16" or "float64"; None takes the stored one (float16 becomes float32
-    on a CPU, which computes badly in it).
+    dtype: "float32", "bfloat16", "float16" or "float64"; None takes the stored one (float16 becomes
+    float32 on a CPU, which computes badly in it).
 
     The model is in eval mode and its parameters are frozen (gradients still reach activations).
     Raises ModelError where it is missing, incomplete, or not a causal language model.
