@@ -1,10 +1,9 @@
 """Caching activations: ours against sae-lens's CacheActivationsRunner, tokens a second.
 
-Both go from the same text to float32 activations of one hook point on the disk, with contexts of
-128 tokens, in alternating runs in one process; loading the model is left out of both. sae-lens gets
-the way and the batch size in which it is fastest here, which the row names: it reads the text, or
-text tokenised and packed beforehand, outside its time. Ours always starts from the text, and
-finds its batch size within its time.
+Both write float32 activations of one hook point to the disk, in contexts of 128 tokens of the same
+text, in alternating runs in one process; loading the model is left out of both. sae-lens gets the
+way and the batch size in which it is fastest here, which the row names: it reads the text, or text
+tokenised beforehand. Ours starts from the same, and finds its batch size within its time.
 
 sae-lens holds a local model as "AutoModelForCausalLM", with hooks on transformers' own modules. Its
 other class, HookedTransformer, loads only models that transformer-lens knows by name.
@@ -22,19 +21,20 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import results
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from saesteer.core.blocks import d_model, decoder_layers
 from saesteer.core.model import EMBEDDED, HookPoint, fingerprint, load_model, special_token_ids
 from saesteer.training import packing
 from saesteer.training import text as reading
 from saesteer.training.cache import cache_activations
+from saesteer.training.packing import Context
 from saesteer.world import corpus
 
 TITLE = "Caching activations: our tokens a second / sae-lens's"
@@ -43,26 +43,25 @@ SAE_LENS_BATCHES = (8, 16, 32, 64)
 
 
 def ours(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, n_contexts: int
+    model: PreTrainedModel,
+    special_ids: frozenset[int],
+    contexts: Callable[[], Iterator[Context]],
+    n_contexts: int,
 ) -> float:
-    """Tokens a second from the text's file to a finished cache."""
+    """Tokens a second of `cache_activations`."""
     point = HookPoint(len(decoder_layers(model)) // 2, "resid_post")
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
         (shards,) = cache_activations(
             model,
-            lambda: packing.pack(reading.documents(source), tokenizer, CONTEXT),
+            contexts,
             [point],
             Path(folder),
             n_contexts=n_contexts,
             context_size=CONTEXT,
             d_model=d_model(model),
             dtype="float32",
-            made_from={
-                "model": fingerprint(model),
-                "text": reading.fingerprint(source),
-                "special_ids": sorted(special_token_ids(model, tokenizer)),
-            },
+            made_from={"model": fingerprint(model), "special_ids": sorted(special_ids)},
         )
         return float(shards.n_tokens / (time.perf_counter() - begin))
 
@@ -105,11 +104,16 @@ def row(model_id: str, source: str, tokens: int, rounds: int) -> dict[str, Any]:
 
     model, tokenizer = load_model(model_id, dtype="float32")
     n_contexts = tokens // CONTEXT
+    special_ids = special_token_ids(model, tokenizer)
     documents = list(reading.documents(source))
-    packed = packing.pack(documents, tokenizer, CONTEXT, n_contexts=n_contexts)
+    packed = list(packing.pack(documents, tokenizer, CONTEXT, n_contexts=n_contexts))
     ways = {
         "text": Dataset.from_dict({"text": documents}),
         "tokenised": Dataset.from_dict({"tokens": [c.tokens.tolist() for c in packed]}),
+    }
+    our_ways: dict[str, Callable[[], Iterator[Context]]] = {
+        "text": lambda: packing.pack(documents, tokenizer, CONTEXT),
+        "tokenised": lambda: iter(packed),
     }
     say(f"{model_id}: {len(ways['tokenised']) * CONTEXT:,} tokens; how sae-lens is fastest …")
     tried = {
@@ -122,7 +126,7 @@ def row(model_id: str, source: str, tokens: int, rounds: int) -> dict[str, Any]:
     way, size = max(tried, key=lambda key: tried[key])
     say(", ".join(f"{w} {s}: {rate:,.0f}" for (w, s), rate in tried.items()))
     sides: dict[str, Callable[[], float]] = {
-        "ours": lambda: quietly(lambda: ours(model, tokenizer, source, n_contexts)),
+        "ours": lambda: quietly(lambda: ours(model, special_ids, our_ways[way], n_contexts)),
         "sae-lens": lambda: quietly(lambda: sae_lens(model, ways[way], n_contexts, size)),
     }
     found = results.alternating(sides, rounds, say)
@@ -131,7 +135,8 @@ def row(model_id: str, source: str, tokens: int, rounds: int) -> dict[str, Any]:
         "ours_tok_s": statistics.median(found["ours"]),
         "sae_lens_tok_s": statistics.median(found["sae-lens"]),
         **results.ratio(found["ours"], found["sae-lens"]),
-        "sae_lens_way": f"{way}, batch {size}",
+        "from": way,
+        "sae_lens_batch": size,
     }
 
 

@@ -20,101 +20,34 @@ import itertools
 import json
 import statistics
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import results
 import torch
 from peers.apart import DictionaryLearning, NotInstalledError
 from peers.dense import Dense
-from peers.task import SparseFeatures, Task
-from torch import Tensor
+from peers.ours import Given, Shape, activations, floor, our_trainer, shape, task_of
+from peers.quality import agree, learn
 
-from saesteer.core.model import HookPoint
 from saesteer.core.progress import progress
-from saesteer.training.choose import batch_topk, topk
-from saesteer.training.products import decode
-from saesteer.training.ranks import ALONE
-from saesteer.training.step import encoder_of
-from saesteer.training.stream import Batch, CachedStream
-from saesteer.training.trainer import Settings, Trainer
+from saesteer.training.trainer import Trainer
 
 TITLE = "A training step: sae-lens's time / ours"
 SHAPES = ("192x2048x16x4096", "288x2304x32x4096", "768x16384x32x4096")
 STEPS = (120, 120, 16)
+ROUNDS = (12, 12, 4)
+CHOOSING = ("topk", "batchtopk")
 OTHERS = ("standard", "jumprelu", "gated", "matryoshka")
+# At so many of the shapes the others are timed too.
+OTHERS_AT = 2
 PEERS = ("dense", "dictionary_learning")
-# Batches of activations: to learn from, for our thresholds, and to measure EV on.
-TRAIN, HELD_OUT, TEST = 16, 2, 1
 # Rounds before those that count.
 DROPPED = 2
 # Rounds in which sae-lens's ways of stepping are compared.
 TRIES = 3
-_NEVER = 10**12
-
-
-class Shape(NamedTuple):
-    """d × d_sae × k × batch."""
-
-    d: int
-    d_sae: int
-    k: int
-    batch: int
-
-
-def shape(text: str) -> Shape:
-    """Read '192x2048x16x4096'."""
-    numbers = [int(part) for part in text.split("x")]
-    if len(numbers) != 4 or min(numbers) < 1 or numbers[2] > numbers[1]:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no shape: expected d x d_sae x k x batch with k ≤ d_sae, such as "
-            f"{SHAPES[0]}"
-        )
-    return Shape(*numbers)
-
-
-class Given(NamedTuple):
-    """A shape's activations: batches to learn from, in order, and rows to measure on."""
-
-    stream: CachedStream
-    batches: list[Batch]
-    test: Tensor
-
-
-def activations(about: Shape) -> Given:
-    """Activations of a shape, the same at every call."""
-    data = SparseFeatures((TRAIN + HELD_OUT + TEST) * about.batch, about.d, about.k)
-    ends = np.arange(TRAIN + HELD_OUT + TEST + 1) * about.batch
-    train, held_out = np.arange(ends[TRAIN]), np.arange(ends[TRAIN], ends[TRAIN + HELD_OUT])
-    stream = CachedStream((data,), train, held_out, batch_size=about.batch)
-    batches = [batch for _, batch in stream.batches(0, TRAIN)]
-    return Given(stream, batches, data.x[ends[TRAIN + HELD_OUT] :])
-
-
-def our_trainer(
-    architecture: str, about: Shape, given: Given, lr: float | None, products: str = "auto"
-) -> Trainer:
-    """Ours, at a constant rate and without AuxK."""
-    settings = Settings(
-        architecture, about.d_sae, about.k, lr=lr, warm_up=0, decay=0, sparsity_warm_up=0,
-        dead_after=_NEVER, products=products,
-    )  # fmt: skip
-    identity = {"hook_point": HookPoint(0, "resid_post"), "model_id": None}
-    return Trainer(settings, given.stream, steps=_NEVER, identity=identity)
-
-
-def task_of(trainer: Trainer, about: Shape) -> Task:
-    """What a peer needs to do the same."""
-    plan = trainer.plan
-    return Task(
-        trainer.settings.architecture, *about, trainer.lr, plan.variance, trainer.sparsity,
-        plan.bandwidth, plan.widths,
-    )  # fmt: skip
 
 
 def stepper(step: Callable[[Any], float], xs: Iterator[Any], losses: list[float]) -> Callable:
@@ -131,96 +64,12 @@ def stepper(step: Callable[[Any], float], xs: Iterator[Any], losses: list[float]
     return run
 
 
-def learn(
-    trainer: Trainer, float32: Trainer | None, about: Shape, given: Given, steps: int
-) -> dict[str, Any]:
-    """Ours and sae-lens's default for some steps: losses at the end, and EV of what is saved."""
-    from peers.sae_lens_trainer import SaeLens
-
-    theirs = SaeLens(task_of(trainer, about), trainer.weights)
-    losses: dict[str, list[float]] = {"ours": [], "float32": [], "sae_lens": []}
-    batches = itertools.islice(itertools.cycle(given.batches), steps)
-    for batch in progress("learn", steps, unit="step", iterable=batches):
-        losses["ours"].append(trainer.step(batch)["loss"])
-        losses["sae_lens"].append(theirs.step(batch.x * trainer.scales.x))
-        if float32 is not None:
-            losses["float32"].append(float32.step(batch)["loss"])
-    agree({name: values[:1] for name, values in losses.items() if values})
-    end = {
-        name: statistics.mean(values[-max(1, steps // 10) :])
-        for name, values in losses.items()
-        if values
-    }
-    test = given.test * trainer.scales.x
-    with tempfile.TemporaryDirectory() as folder:
-        trainer.finished().save(Path(folder, "ours"))
-        theirs.save(Path(folder, "theirs"))
-        ev_ours, l0_ours = quality(Path(folder, "ours"), given.test)
-        ev_theirs, l0_theirs = quality(Path(folder, "theirs"), test)
-    found: dict[str, Any] = {
-        "steps": steps,
-        "loss_ratio_at_equal_steps": end["ours"] / end["sae_lens"],
-        "ev_ours": ev_ours,
-        "ev_sae_lens": ev_theirs,
-        "l0_ours": l0_ours,
-        "l0_sae_lens": l0_theirs,
-        # Where a threshold is saved, what the SAE is worth with the choice that it learnt with.
-        "ev_sae_lens_in_training": explained(test, theirs.reconstruct(test)),
-    }
-    if float32 is not None:
-        found["loss_ratio_to_float32"] = end["ours"] / end["float32"]
-    return found
-
-
-def quality(folder: Path, x: Tensor) -> tuple[float, float]:
-    """EV and L0 of a saved SAE on x [n, d], as sae-lens loads and runs it."""
-    from sae_lens import SAE
-
-    sae = SAE.load_from_disk(str(folder))
-    with torch.no_grad():
-        code = sae.encode(x)
-        return explained(x, sae.decode(code)), float((code > 0).sum(-1).float().mean())
-
-
-def explained(x: Tensor, out: Tensor) -> float:
-    """Explained variance of x [n, d]."""
-    return 1 - float((x - out).square().sum() / (x - x.mean(0)).square().sum())
-
-
-def agree(losses: dict[str, list[float]]) -> None:
-    """Stop where first steps with the same weights on the same batch don't give the same loss."""
-    for name, (loss, *_) in losses.items():
-        # Autocast's products are bfloat16's, and so are the losses made of them.
-        most = 0.05 if "autocast" in name else 1e-3
-        if abs(loss / losses["ours"][0] - 1) > most:
-            raise SystemExit(
-                f"the first loss of {name} is {loss:.6g} and that of ours "
-                f"{losses['ours'][0]:.6g}: they don't do the same work, so nothing was timed"
-            )
-
-
-def floor(trainer: Trainer, xs: Iterator[Batch]) -> Callable[[], float]:
-    """A call that makes the products that can't be avoided, and returns milliseconds."""
-    plan, weights = trainer.plan, trainer.weights
-
-    def run() -> float:
-        encoder = encoder_of(plan, weights, next(xs).x * trainer.scales.x)
-        if plan.architecture.chooses == "row":
-            chosen = topk(encoder, plan.k, ALONE)
-        else:
-            chosen = batch_topk(encoder, plan.k * plan.batch_size, ALONE)
-        begin = time.perf_counter()
-        for _ in encoder.pieces():
-            pass
-        for _ in range(4):
-            decode(chosen.latents, chosen.values, chosen.starts, weights["decoder"])
-        return 1000 * (time.perf_counter() - begin)
-
-    return run
-
-
 def timed(
-    trainer: Trainer, float32: Trainer | None, about: Shape, given: Given, rounds: int,
+    trainer: Trainer,
+    float32: Trainer | None,
+    about: Shape,
+    given: Given,
+    rounds: int,
     peers: tuple[str, ...],
 ) -> dict[str, Any]:
     """Median milliseconds of everyone's steps, side by side, from the weights ours has now."""
@@ -292,3 +141,168 @@ def timed(
             "floor_fraction": medians["floor"] / medians["ours"],
         }
     return answer
+
+
+def row(
+    architecture: str,
+    about: Shape,
+    given: Given,
+    *,
+    steps: int,
+    rounds: int,
+    lr: float | None,
+    peers: tuple[str, ...],
+) -> dict[str, Any]:
+    """TopK or BatchTopK at one shape: what is learnt, then what a step takes."""
+    say(f"{architecture} {named(about)}")
+    trainer = our_trainer(architecture, about, given, lr)
+    float32 = None
+    if trainer.plan.dtype != torch.float32:
+        float32 = our_trainer(architecture, about, given, lr, products="float32")
+    learnt = learn(trainer, float32, about, given, steps)
+    found = timed(trainer, float32, about, given, rounds, peers)
+    return {"architecture": architecture, "shape": list(about), "lr": trainer.lr, **found, **learnt}
+
+
+def other(
+    architecture: str, about: Shape, given: Given, *, steps: int, rounds: int, lr: float | None
+) -> dict[str, Any]:
+    """Another architecture at one shape, from the first weights and from those after some steps.
+
+    Half of a penalised architecture's latents fire at first and few later, which our step makes use
+    of: `ratio` is the later one, where a run spends its time.
+    """
+    say(f"{architecture} {named(about)}")
+    trainer = our_trainer(architecture, about, given, lr)
+    start = timed(trainer, None, about, given, rounds, ())
+    batches = itertools.islice(itertools.cycle(given.batches), steps)
+    l0 = 0.0
+    for batch in progress("learn", steps, unit="step", iterable=batches):
+        l0 = trainer.step(batch)["l0"]
+    found = timed(trainer, None, about, given, rounds, ())
+    return {
+        "architecture": architecture,
+        "shape": list(about),
+        **{name: found[name] for name in ("ours_ms", "sae_lens_ms", "ratio", "interval")},
+        "ratio_at_start": start["ratio"],
+        "l0": l0,
+        "products": found["products"],
+        "sae_lens_way": found["sae_lens_way"],
+        "default_ratio": found["default_ratio"],
+    }
+
+
+def named(about: Shape) -> str:
+    """A shape as it is written on the command line."""
+    return "x".join(map(str, about))
+
+
+def flat(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same with one cell a figure, for a table."""
+    out = []
+    for each in rows:
+        cells = {**each, "shape": named(each["shape"])}
+        low, high = cells.pop("interval")
+        cells["ratio"] = f"{cells['ratio']:.2f} ({low:.2f} – {high:.2f})"
+        cells.pop("not_run", None)
+        cells |= {f"{name}_ms": ms for name, ms in cells.pop("peers", {}).items()}
+        out.append(cells)
+    return out
+
+
+def markdown(rows: list[dict[str, Any]], others: list[dict[str, Any]], rounds: int) -> str:
+    """The section of RESULTS.md."""
+    about = results.machine("sae-lens", "transformers")
+    speed = (
+        "architecture", "shape", "ours_ms", "sae_lens_ms", "ratio", "sae_lens_way",
+        "default_ratio", "float32_ratio", "floor_ms", "floor_fraction", "dense_ms",
+        "dictionary_learning_ms", "products",
+    )  # fmt: skip
+    learnt = (
+        "architecture", "shape", "steps", "lr", "loss_ratio_at_equal_steps",
+        "loss_ratio_to_float32", "ev_ours", "ev_sae_lens", "ev_sae_lens_in_training", "l0_ours",
+        "l0_sae_lens",
+    )  # fmt: skip
+    head = (
+        f"`benchmarks/training.py`. {about} Median milliseconds of {rounds} steps side by side; "
+        "ratios of medians, with the quartiles of the ratios round by round. The first ratio is to "
+        "the fastest of sae-lens's settings (sae_lens_way), default_ratio to its default, and "
+        "float32_ratio is that with our products in float32 too. floor_ms: the encoder's product "
+        "and four passes over k · batch gathered rows. Nobody has AuxK on."
+    )
+    about_quality = (
+        "Losses are means of the last tenth of the steps, ours / sae-lens's default; EV and L0 are "
+        "those of the SAEs as saved, on rows nobody has seen. sae-lens saves a BatchTopK's "
+        "threshold as a moving average from 0, so after few steps far too many latents fire: "
+        "ev_sae_lens_in_training is its EV with the choice that it learnt with."
+    )
+    parts = [head]
+    if rows:
+        parts += [columns(flat(rows), speed), about_quality, columns(flat(rows), learnt)]
+    if others:
+        parts += [
+            "The other architectures, after some steps and (ratio_at_start) before the first.",
+            results.table(flat(others)),
+        ]
+    reasons = {name: why for each in rows for name, why in each["not_run"].items()}
+    parts += [f"Not run: {name} ({why})." for name, why in reasons.items()]
+    return "\n\n".join(parts)
+
+
+def columns(rows: list[dict[str, Any]], names: tuple[str, ...]) -> str:
+    """A table of those of the columns that there are."""
+    kept = [name for name in names if any(name in each for each in rows)]
+    return results.table([{name: each.get(name, "") for name in kept} for each in rows])
+
+
+def say(line: str) -> None:
+    """A line for whoever is waiting; --json leaves stdout to the figures."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Measure, print, and put the tables into RESULTS.md."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--shapes", type=shape, nargs="+", default=[shape(text) for text in SHAPES],
+        help="d x d_sae x k x batch of each")  # fmt: skip
+    add("--steps", type=int, nargs="+", default=list(STEPS),
+        help="steps of learning, of each shape or of all")  # fmt: skip
+    add("--rounds", type=int, nargs="+", default=list(ROUNDS),
+        help="timed rounds, of each shape or of all")  # fmt: skip
+    add("--architectures", nargs="+", choices=(*CHOOSING, *OTHERS), default=(*CHOOSING, *OTHERS))
+    add("--peers", nargs="*", choices=PEERS, default=PEERS, help="besides sae-lens")
+    add("--lr", type=float, help="everyone's learning rate; by default ours")
+    add("--threads", type=int, default=2)
+    add("--json", action="store_true", help="print JSON and write nothing")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
+    steps, rounds = (
+        each * len(args.shapes) if len(each) == 1 else each for each in (args.steps, args.rounds)
+    )
+    if not len(args.shapes) <= min(len(steps), len(rounds)):
+        parser.error("--steps and --rounds take one number, or one for each shape")
+    for number, about in enumerate(args.shapes):
+        given = activations(about)
+        common = {"steps": steps[number], "rounds": rounds[number], "lr": args.lr}
+        for architecture in args.architectures:
+            if architecture in CHOOSING:
+                rows.append(row(architecture, about, given, **common, peers=tuple(args.peers)))
+            elif number < OTHERS_AT:
+                others.append(other(architecture, about, given, **common))
+    if args.json:
+        print(json.dumps({"rows": rows, "others": others}))
+        return
+    text = markdown(rows, others, min(rounds))
+    results.write_section(TITLE, text)
+    print(text)
+
+
+if __name__ == "__main__":
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # sae_lens's and torch's, which would mix with the figures
+        main()

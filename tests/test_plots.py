@@ -94,7 +94,7 @@ def test_what_is_not_there_is_not_drawn(tmp_path: Path) -> None:
 
 def test_the_figures_stand_in_the_plots(tmp_path: Path, texts: list[str]) -> None:
     plots.density(FIGURES["density"], tmp_path / "d.svg")
-    assert "6 features, 1 of them never fired" in texts
+    assert "6 features, 1 of them dead" in texts
     plots.nearest_cosine(FIGURES["nearest_cosine"], tmp_path / "n.svg")
     assert "median 0.30, 40.0% above 0.9" in texts
     plots.baselines(FIGURES, tmp_path / "b.svg")
@@ -124,9 +124,9 @@ def test_a_pareto_plot_has_a_line_a_family(tmp_path: Path, texts: list[str]) -> 
 
 def test_all_dead_and_one_feature_are_drawn_too(tmp_path: Path, texts: list[str]) -> None:
     plots.density([0.0, 0.0], tmp_path / "d.svg")
-    assert "2 features, 2 of them never fired" in texts
+    assert "2 features, 2 of them dead" in texts
     plots.density([1.0], tmp_path / "d.svg")
-    assert "1 features, 0 of them never fired" in texts
+    assert "1 features, 0 of them dead" in texts
 
 
 def test_without_matplotlib_the_extra_is_named(

@@ -76,7 +76,7 @@ def density(values: Sequence[float], path: Path) -> Path:
         axes.set_xlabel("density: share of tokens on which a feature fires")
         axes.set_ylabel("features")
         dead = len(all_) - len(alive)
-        axes.set_title(f"{len(all_):,} features, {dead:,} of them never fired", loc="left")
+        axes.set_title(f"{len(all_):,} features, {dead:,} of them dead", loc="left")
     return path
 
 

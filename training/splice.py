@@ -74,7 +74,8 @@ def losses(
     if counted == 0:
         raise TrainingError("no next token to predict in the held-out contexts; use longer ones")
     return counted, {
-        name: (float(ce) / counted, float(kl) / counted) for name, (ce, kl) in sums.items()
+        name: (float(ce) / counted, max(0.0, float(kl) / counted))
+        for name, (ce, kl) in sums.items()
     }
 
 

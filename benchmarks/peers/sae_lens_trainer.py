@@ -31,7 +31,11 @@ _NEVER = 10**12
 
 
 def ways(architecture: str) -> tuple[str, ...]:
-    """Its settings that bear on speed; the first is its default. Only TopK has sparse ones."""
+    """Its settings that bear on speed; the first is its default.
+
+    Only TopK has sparse activations, whose backward pass fails on a CPU unless they are left as
+    they are instead of being rescaled by decoder norms.
+    """
     return ("default", "autocast", *(["sparse"] if architecture == "topk" else []))
 
 
@@ -48,7 +52,9 @@ class SaeLens:
         options: dict[str, Any] = {}
         l1 = task.sparsity * task.variance**0.5
         if task.architecture in ("topk", "batchtopk", "matryoshka"):
-            options = {"k": task.k, "use_sparse_activations": way == "sparse"}
+            sparse = way == "sparse"
+            options = {"k": task.k, "use_sparse_activations": sparse}
+            options["rescale_acts_by_decoder_norm"] = not sparse
         if task.architecture == "matryoshka":
             options["matryoshka_widths"] = list(task.widths)
             self._levels = len(task.widths)

@@ -1,4 +1,4 @@
-"""What every trainer of benchmarks/training.py is given: the same activations, weights and rates."""
+"""What every trainer is given: the same activations, weights and rates."""
 
 import math
 from dataclasses import dataclass
