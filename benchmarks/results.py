@@ -23,8 +23,7 @@ def alternating(
     """Run every side once a round, forwards and backwards in turn; what each returned, by side."""
     found: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds):
-        turn = list(sides) if number % 2 == 0 else list(reversed(sides))
-        for name in turn:
+        for name in list(sides)[:: 1 if number % 2 == 0 else -1]:
             found[name].append(sides[name]())
         latest = ", ".join(f"{name} {values[-1]:,.0f}" for name, values in found.items())
         shown(f"round {number + 1} of {rounds}: {latest}")

@@ -5,8 +5,8 @@ the same first weights and the same constant learning rate, without AuxK; nobody
 timed. First ours and sae-lens's default trainer learn for --steps steps, which gives losses and the
 explained variance (EV) of the SAEs as saved, read back with sae-lens, on rows that nobody has seen.
 Then everyone is given the weights that ours has arrived at, and steps are timed side by side,
-forwards and backwards in turn; all first losses must agree. Settings of sae-lens that bear on speed
-are tried before, and the fastest is what `sae_lens_ms` is.
+forwards and backwards in turn; all first losses must agree. sae-lens is timed with every one of its
+settings that bears on speed, and the fastest is what `sae_lens_ms` is.
 
 `floor_ms` is what no TopK step can do without: the encoder's product in the dtype that ours makes
 it in, a few rows at a time as ours does, and four passes of k · batch · d multiply-adds over
@@ -37,17 +37,13 @@ from saesteer.training.trainer import Trainer
 
 TITLE = "A training step: sae-lens's time / ours"
 SHAPES = ("192x2048x16x4096", "288x2304x32x4096", "768x16384x32x4096")
-STEPS = (120, 120, 16)
+STEPS = (80, 80, 8)
 ROUNDS = (12, 12, 4)
 CHOOSING = ("topk", "batchtopk")
 OTHERS = ("standard", "jumprelu", "gated", "matryoshka")
 # At so many of the shapes the others are timed too.
 OTHERS_AT = 2
 PEERS = ("dense", "dictionary_learning")
-# Rounds before those that count.
-DROPPED = 2
-# Rounds in which sae-lens's ways of stepping are compared.
-TRIES = 3
 
 
 def stepper(step: Callable[[Any], float], xs: Iterator[Any], losses: list[float]) -> Callable:
@@ -86,11 +82,6 @@ def timed(
 
     for way in ways(task.architecture):
         side(f"sae-lens {way}", SaeLens(task, trainer.weights, way).step, scaled)
-    tried = results.alternating(sides, TRIES, lambda line: None)
-    fastest = min(tried, key=lambda name: statistics.median(tried[name][1:]))
-    say(f"fastest of sae-lens: {fastest}")
-    for name in [name for name in sides if name not in ("sae-lens default", fastest)]:
-        del sides[name]
     with contextlib.ExitStack() as stack:
         if "dictionary_learning" in peers:
             try:
@@ -116,10 +107,14 @@ def timed(
             for name, tensor in float32.weights.items():
                 tensor.copy_(trainer.weights[name])
             side("ours float32", lambda batch: float32.step(batch)["loss"], given.batches)
-        found = results.alternating(sides, rounds + DROPPED, say)
+        dropped = max(1, rounds // 6)
+        found = results.alternating(sides, rounds + dropped, say)
     agree(losses)
-    times = {name: each[DROPPED:] for name, each in found.items()}
+    times = {name: each[dropped:] for name, each in found.items()}
     medians = {name: statistics.median(each) for name, each in times.items()}
+    fastest = min(
+        (name for name in medians if name.startswith("sae-lens")), key=medians.__getitem__
+    )
     low, high = results.quartiles(
         [a / b for a, b in zip(times[fastest], times["ours"], strict=True)]
     )
@@ -174,7 +169,7 @@ def other(
     """
     say(f"{architecture} {named(about)}")
     trainer = our_trainer(architecture, about, given, lr)
-    start = timed(trainer, None, about, given, rounds, ())
+    start = timed(trainer, None, about, given, max(2, rounds // 3), ())
     batches = itertools.islice(itertools.cycle(given.batches), steps)
     l0 = 0.0
     for batch in progress("learn", steps, unit="step", iterable=batches):
@@ -212,7 +207,7 @@ def flat(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def markdown(rows: list[dict[str, Any]], others: list[dict[str, Any]], rounds: int) -> str:
     """The section of RESULTS.md."""
-    about = results.machine("sae-lens", "transformers")
+    about = results.machine("sae-lens")
     speed = (
         "architecture", "shape", "ours_ms", "sae_lens_ms", "ratio", "sae_lens_way",
         "default_ratio", "float32_ratio", "floor_ms", "floor_fraction", "dense_ms",

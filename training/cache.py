@@ -69,6 +69,11 @@ def cache_activations(
             f"unknown dtype {dtype!r}{did_you_mean(dtype, DTYPES)}; use {', '.join(DTYPES)}"
         )
     check_batch_size(batch_size)
+    if not points:
+        raise CacheError("no hook point to cache was given; give one, such as layers.6.resid_post")
+    for point in points:
+        if list(points).count(point) > 1:
+            raise CacheError(f"{point} twice among the hook points to cache; give each once")
     made_from = {**made_from, "dtype": dtype, "n_contexts": n_contexts}
     about = {"context_size": context_size, "d_model": d_model, "dtype": dtype}
     a_shard = max(1, SHARD_BYTES // (context_size * d_model * DTYPES[dtype].itemsize))

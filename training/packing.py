@@ -12,6 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from saesteer.errors import TextError
 
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 512, 1 << 18
+# A tokenizer needs about 100 bytes a character while it works, so longer documents (a whole corpus
+# without separators, say) are tokenised in pieces.
+_PIECE_CHARACTERS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ def pack(
     stream, documents are separated by BOS where the tokenizer has one, else EOS, else nothing;
     a separator belongs to the document that follows it. Where a context's own BOS comes just before
     a BOS separator, it stands for both. Nothing is padded; the last short piece is dropped.
+    Documents of over four million characters are tokenised in pieces that end with a line, or else
+    before a space.
 
     n_contexts: stop after so many; None for all there are.
 
@@ -64,37 +69,59 @@ def _streamed(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, separator: int | None
 ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.bool_]]]:
     """(tokens, document of each, whether it is a separator) of the stream, a batch at a time."""
-    index, first = 0, True
+    index, first = -1, True
     for batch in _batches(documents):
         flat: list[int] = []
-        lengths, separators = [], []
-        for ids in _token_ids(tokenizer, batch):
+        lengths, separators, owners = [], [], []
+        for ids, begins in zip(
+            _token_ids(tokenizer, [text for text, _ in batch]),
+            (begins for _, begins in batch),
+            strict=True,
+        ):
             start = len(flat)
+            if begins:
+                index, separated = index + 1, first
             # A document without tokens (the tokenizer may drop what it holds) needs no separator.
-            if ids and not first and separator is not None:
+            if ids and not separated and separator is not None:
                 separators.append(start)
                 flat.append(separator)
             flat.extend(ids)
+            separated = separated or bool(ids)
             first = first and not ids
             lengths.append(len(flat) - start)
-        owners = np.arange(index, index + len(batch), dtype=np.int32)
+            owners.append(index)
         is_separator = np.zeros(len(flat), dtype=np.bool_)
         is_separator[separators] = True
-        index += len(batch)
-        yield np.array(flat, dtype=np.int32), np.repeat(owners, lengths), is_separator
+        owner = np.repeat(np.array(owners, dtype=np.int32), lengths)
+        yield np.array(flat, dtype=np.int32), owner, is_separator
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _batches(documents: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
+    """Texts to tokenise together, and of each whether a document begins with it."""
+    batch: list[tuple[str, bool]] = []
     characters = 0
     for document in documents:
-        batch.append(document)
-        characters += len(document)
-        if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
+        for number, piece in enumerate(_pieces(document)):
+            batch.append((piece, number == 0))
+            characters += len(piece)
+            if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
     if batch:
         yield batch
+
+
+def _pieces(document: str) -> Iterator[str]:
+    start = 0
+    while len(document) - start > _PIECE_CHARACTERS:
+        end = start + _PIECE_CHARACTERS
+        if (line := document.rfind("\n", start, end)) > start:
+            end = line + 1
+        elif (space := document.rfind(" ", start + 1, end)) > start:
+            end = space
+        yield document[start:end]
+        start = end
+    yield document[start:]
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -36,7 +36,7 @@ class DictionaryLearning:
         folder = INSTALLED / "dictionary_learning"
         if not folder.exists():
             raise NotInstalledError(
-                "not installed; benchmarks/peers/dictionary_learning.txt says how"
+                "not installed: benchmarks/peers/dictionary_learning.txt says how"
             )
         self._variance = task.variance
         self._folder = tempfile.TemporaryDirectory()

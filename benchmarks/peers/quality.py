@@ -43,6 +43,8 @@ def learn(
     found: dict[str, Any] = {
         "steps": steps,
         "loss_ratio_at_equal_steps": end["ours"] / end["sae_lens"],
+        "loss_ours": end["ours"],
+        "loss_sae_lens": end["sae_lens"],
         "ev_ours": ev_ours,
         "ev_sae_lens": ev_theirs,
         "l0_ours": l0_ours,
