@@ -13,7 +13,7 @@ from saesteer.core.shards import Shards
 from saesteer.errors import CacheError
 from saesteer.training import cache, cache_fill, cache_pass
 from saesteer.training.packing import Context
-from tests.test_cache import ABOUT, N, SIZE, cached, contexts, everything, three_contexts_a_shard
+from tests.test_cache import ABOUT, SIZE, N, cached, contexts, everything, three_contexts_a_shard
 from tests.tiny import WIDTH, tiny_model
 
 __all__ = ["three_contexts_a_shard"]

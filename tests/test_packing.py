@@ -7,7 +7,7 @@ from saesteer.training import packing
 from saesteer.training.packing import pack
 from tests.tiny import tiny_tokenizer
 
-WORDS = "the boy walked to the sea and saw a red boat . then he slept .\n".split(" ")
+WORDS = [*"the boy walked to the sea and saw a red boat then he slept".split(), ".", ".\n"]  # noqa: SIM905
 
 
 def documents(lengths, seed=0):

@@ -83,6 +83,11 @@ def cache_activations(
             stack.enter_context(alone(folder))
             return opened(folder, points, made_from, about)
 
+        def finish() -> None:
+            if ranks.first:
+                for target in targets:
+                    target.finish()
+
         # One process holds the lock and checks what is there, for all.
         targets = on_every(ranks, lambda: open_all() if ranks.first else [])[0]
         if not all(target.finished for target in targets):
@@ -97,7 +102,7 @@ def cache_activations(
                     f"the {n_contexts * context_size:,} asked for; all of them were cached",
                     stacklevel=2,
                 )
-            on_every(ranks, lambda: [t.finish() for t in targets] if ranks.first else [])
+            on_every(ranks, finish)
         return [Shards(target.folder) for target in targets]
 
 

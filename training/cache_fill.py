@@ -229,8 +229,9 @@ class _Filling:
         size = int(before[0]["batch_size"]) if before else self._size
         found: list[Tensor] = []
         while lack:
+            kept: list[Context] = []
             try:
-                found = self._read(number, chain(contexts, some), lack, size, kept := [])
+                found = self._read(number, chain(contexts, some), lack, size, kept)
                 contexts = kept
                 break
             except torch.OutOfMemoryError:

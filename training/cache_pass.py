@@ -44,11 +44,11 @@ def activation_batches(
     Raises:
         CacheError: an activation is NaN or infinite, or a batch size below 1.
     """
+    check_batch_size(batch_size)
     stream = iter(contexts)
     waiting = list(islice(stream, 1))
     size = batch_size or (usual_batch_size(model, len(waiting[0].tokens)) if waiting else 1)
-    check_batch_size(batch_size)
-    while waiting := waiting + list(islice(stream, size - len(waiting))):
+    while waiting := waiting + list(islice(stream, max(0, size - len(waiting)))):
         batch = waiting[:size]
         try:
             # Entered anew each time: between batches the model is its owner's.

@@ -7,6 +7,7 @@ summed up in another order, in about half the time there.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,14 @@ def fast_products(model: nn.Module) -> Iterator[None]:
     Results differ from those outside by rounding alone. For passes without gradients.
     """
     linear = _onednn_linear()
+    if linear is None:
+        yield
+        return
     # A module whose `forward` somebody has replaced already is left to them.
     changed = [
         module
         for module in model.modules()
-        if linear is not None
-        and type(module) in (nn.Linear, Conv1D)
+        if type(module) in (nn.Linear, Conv1D)
         and "forward" not in vars(module)
         and module.weight.dtype == torch.float32
         and module.weight.device.type == "cpu"
@@ -41,10 +44,10 @@ def fast_products(model: nn.Module) -> Iterator[None]:
             vars(module).pop("forward", None)
 
 
-def _forward(module: nn.Module, linear: Linear) -> Callable[[Tensor], Tensor]:
+def _forward(module: Any, linear: Linear) -> Callable[[Tensor], Tensor]:
     # GPT-2's Conv1D keeps its weight [in, out].
-    weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
-    bias = module.bias
+    weight: Tensor = module.weight.t() if isinstance(module, Conv1D) else module.weight
+    bias: Tensor | None = module.bias
 
     def forward(x: Tensor) -> Tensor:
         if x.dtype != torch.float32:  # autocast

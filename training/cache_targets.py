@@ -93,7 +93,7 @@ def opened(
     Raises:
         CacheError: one was made from anything else than `made_from`.
     """
-    targets = []
+    targets: list[Target] = []
     for point in points:
         here = folder / str(point) if targets else folder
         for left in here.glob(".*.partial"):  # by a process that was killed while it wrote

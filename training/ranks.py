@@ -1,5 +1,6 @@
 """The processes that train together: one by itself, or those that torchrun started."""
 
+import atexit
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -92,4 +93,6 @@ def join(device: str) -> tuple[Ranks, str]:
                 f"the {size} processes of torchrun could not join: {' '.join(str(error).split())}; "
                 "check MASTER_ADDR and MASTER_PORT, and that all of them run"
             ) from error
+        # Else gloo's threads abort the process as it ends, and torchrun then ends all the others.
+        atexit.register(dist.destroy_process_group)
     return Ranks(dist.get_rank(), size), device

@@ -13,9 +13,10 @@ from saesteer.core.model import HookPoint
 from saesteer.training.choose import batch_topk, topk
 from saesteer.training.products import decode
 from saesteer.training.ranks import ALONE
+from saesteer.training.settings import Settings
 from saesteer.training.step import encoder_of
 from saesteer.training.stream import Batch, CachedStream
-from saesteer.training.trainer import Settings, Trainer
+from saesteer.training.trainer import Trainer
 
 # Batches of activations: to learn from, for our thresholds, and to measure EV on.
 TRAIN, HELD_OUT, TEST = 16, 2, 1

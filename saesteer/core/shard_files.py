@@ -187,8 +187,13 @@ def read_statistics(folder: Path, manifest: Mapping[str, Any]) -> Statistics:
     try:
         found = manifest["statistics"]
         mean = torch.tensor(found["mean"], dtype=torch.float64).view(manifest["d_model"])
-        numbers = [float(found[name]) for name in ("mean_norm", "median_norm", "variance")]
-        return Statistics(int(found["tokens"]), *numbers, mean)
+        return Statistics(
+            tokens=int(found["tokens"]),
+            mean_norm=float(found["mean_norm"]),
+            median_norm=float(found["median_norm"]),
+            variance=float(found["variance"]),
+            mean=mean,
+        )
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CacheError(
             f"the statistics in {folder / 'manifest.json'} are damaged "
