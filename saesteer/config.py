@@ -127,7 +127,9 @@ class TrainConfig:
     """What large products are made in: float32, bfloat16, auto (as the hardware gains), or float64
     for all of training (slow, and the same SAE on every machine)."""
     seed: int = 0
-    """Seed of the weights and of the order of the tokens."""
+    """Seed of the weights and, unless order_seed is given, of the order of the tokens."""
+    order_seed: int | None = None
+    """Seed of the order of the tokens."""
     share: str = "rows"
     """What processes of torchrun share: rows of a batch, or features (for huge dictionaries)."""
     log_every: int = 50
@@ -153,7 +155,7 @@ class SweepConfig:
     lr: tuple[float, ...] = ()
     """As in [train]."""
     seed: tuple[int, ...] = ()
-    """As in [train]; the order of the tokens stays that of train.seed."""
+    """As in [train]; the order of the tokens is one for all."""
 
 
 @dataclass(frozen=True)
@@ -232,8 +234,13 @@ def check_ranges(config: Config) -> None:
             raise ConfigError(f"{key} is {value:g}; expected at least {low:g}{most}")
     if train.share not in ("rows", "features"):
         raise ConfigError(f"train.share is {train.share!r}; expected 'rows' or 'features'")
-    if config.rows.live and config.rows.max_norm is not None:
-        raise ConfigError("rows.max_norm needs cached activations; set rows.live to false")
+    if config.rows.max_norm is not None and not config.rows.max_norm >= 1:
+        raise ConfigError(
+            f"rows.max_norm is {config.rows.max_norm:g}; expected 1 or more, such as 10"
+        )
+    for key, value in (("rows.max_norm", config.rows.max_norm), ("cache.also", cache.also)):
+        if config.rows.live and value:
+            raise ConfigError(f"{key} needs cached activations; set rows.live to false")
 
 
 def _build(kind: type, values: dict[str, Any], where: str) -> Any:

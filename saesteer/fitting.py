@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import shutil
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,6 +24,7 @@ from saesteer.run import Run
 from saesteer.training import loop, packing, rows
 from saesteer.training import text as reading
 from saesteer.training.architectures import ARCHITECTURES
+from saesteer.training.logs import check_logs
 from saesteer.training.ranks import ALONE, Ranks, join
 from saesteer.training.settings import Settings, check_settings
 from saesteer.training.stream import CachedStream, LiveStream, Stream
@@ -112,7 +114,7 @@ def combinations(config: Config) -> dict[str, Config]:
         found[name] = dataclasses.replace(
             config,
             sae=dataclasses.replace(config.sae, **sae),
-            train=dataclasses.replace(config.train, **about),
+            train=dataclasses.replace(config.train, order_seed=_order_seed(config), **about),
             sweep=type(config.sweep)(),
         )
     return found
@@ -160,6 +162,7 @@ def _check(config: Config) -> None:
     """Refuse what can't be trained before anything is cached for it."""
     check_ranges(config)
     check_settings(_settings(config), transcoder=bool(config.sae.hook_point_out))
+    check_logs(config.train.log_to)
 
 
 def _settings(config: Config) -> Settings:
@@ -188,6 +191,11 @@ def _fit(stream: Stream, jobs: list[loop.Job], run: Run, ranks: Ranks) -> list[S
         stream, jobs, steps=_steps(run.config), log_every=about.log_every,
         checkpoint_steps=about.checkpoint_every, ranks=ranks,
     )  # fmt: skip
+
+
+def _order_seed(config: Config) -> int:
+    own = config.train.order_seed
+    return config.train.seed if own is None else own
 
 
 def _steps(config: Config) -> int:
@@ -224,7 +232,7 @@ def _stream(run: Run, ranks: Ranks) -> Stream:
             train_rows = rows.without_outliers(train_rows, each.norms, config.rows.max_norm)
     return CachedStream(
         tuple(shards), train_rows, held_out, batch_size=config.train.batch_size,
-        seed=config.train.seed, ranks=row_ranks,
+        seed=_order_seed(config), ranks=row_ranks,
     )  # fmt: skip
 
 
@@ -252,7 +260,7 @@ def _live(run: Run, ranks: Ranks, special: Collection[int]) -> Stream:
         block=config.rows.buffer,
         n_held_out=stages.live_held_out(config),
         batch_size=config.train.batch_size,
-        seed=config.train.seed,
+        seed=_order_seed(config),
         ranks=ranks,
     )
 
@@ -265,6 +273,8 @@ def _keep(run: Run, sae: Sae) -> None:
     evaluated = run.path / "evaluation.json"
     if evaluated.exists() and json.loads(evaluated.read_text()).get("sae_hash") != sae.hash:
         evaluated.unlink()
+        for drawn in ("plots", "hub"):
+            shutil.rmtree(run.path / drawn, ignore_errors=True)
     sae.save(run.path / "sae")
     run.save_config()
     run.refresh()

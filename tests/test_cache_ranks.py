@@ -122,7 +122,8 @@ def test_the_batch_size_is_the_first_rank_s(tmp_path, monkeypatch):
         return 2
 
     monkeypatch.setattr(cache_fill, "found_batch_size", found)
-    together(2, lambda ranks: cached(tmp_path / "two", ranks=ranks))
+    models = [tiny_model("llama") for _ in range(2)]
+    together(2, lambda ranks: cached(tmp_path / "two", models[ranks.rank], ranks=ranks))
     assert len(searched) == 1
     cached(tmp_path / "one", batch_size=2)
     assert everything(tmp_path / "two") == everything(tmp_path / "one")

@@ -14,13 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from saesteer.core.model import HookPoint
 from saesteer.core.progress import progress
 from saesteer.core.shard_files import DTYPES, ContextBatch, shard_tensors, write_shard
 from saesteer.errors import CacheError, SaesteerError
 from saesteer.training.cache_pass import (
     found_batch_size,
     passing,
+    rounded,
     usual_batch_size,
     workers,
 )
@@ -272,7 +272,7 @@ class _Filling:
 
         def read(at: int, batch: list[Context]) -> int:
             for point, x, out in zip(points, one_pass(batch, first + at), stored, strict=True):
-                out[at : at + len(batch)] = _rounded(x, dtype, point)
+                out[at : at + len(batch)] = rounded(x, dtype, point)
             return len(batch)
 
         running: deque[Future[int]] = deque()
@@ -294,13 +294,3 @@ class _Filling:
                 self._bar.update(begun - self._bar.n)
             raise
         return [out[: len(kept)] for out in stored]
-
-
-def _rounded(x: Tensor, dtype: torch.dtype, point: HookPoint) -> Tensor:
-    small = x.to(dtype)
-    if dtype != x.dtype and not bool(torch.isfinite(small).all()):
-        raise CacheError(
-            f"activations at {point} are as large as {float(x.abs().max()):.3g}, too large for "
-            f"{str(dtype).removeprefix('torch.')}; cache them with --cache.dtype bfloat16"
-        )
-    return small

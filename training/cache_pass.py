@@ -103,6 +103,17 @@ def passing(
         yield one_pass
 
 
+def rounded(x: Tensor, dtype: torch.dtype, point: HookPoint) -> Tensor:
+    """x as it is stored; CacheError where it is too large for that."""
+    small = x.to(dtype)
+    if dtype != x.dtype and not bool(torch.isfinite(small).all()):
+        raise CacheError(
+            f"activations at {point} are as large as {float(x.abs().max()):.3g}, too large for "
+            f"{str(dtype).removeprefix('torch.')}; cache them with --cache.dtype bfloat16"
+        )
+    return small
+
+
 @contextmanager
 def workers(model: PreTrainedModel) -> Iterator[tuple[Executor, int]]:
     """Threads that run passes side by side, and how many: on a CPU as many as torch has cores.

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -11,6 +12,18 @@ from saesteer.core.files import written_aside
 from saesteer.errors import ConfigError, did_you_mean
 
 Log = Callable[[int, Mapping[str, float]], None]
+
+
+def check_logs(names: Sequence[str]) -> None:
+    """Refuse logs that can't be opened: ConfigError, as in `open_logs`."""
+    for name in names:
+        if name not in _OPEN:
+            raise ConfigError(
+                f"no log {name!r}{did_you_mean(name, _OPEN)}; expected {' or '.join(_OPEN)} "
+                "(metrics.jsonl is always written)"
+            )
+        if find_spec(name) is None:
+            raise _missing(name)
 
 
 @contextmanager
@@ -32,12 +45,7 @@ def open_logs(
     Raises:
         ConfigError: an unknown name, or a package that is missing, with the extra that has it.
     """
-    for name in names:
-        if name not in _OPEN:
-            raise ConfigError(
-                f"no log {name!r}{did_you_mean(name, _OPEN)}; expected {' or '.join(_OPEN)} "
-                "(metrics.jsonl is always written)"
-            )
+    check_logs(names)
     with ExitStack() as stack:
         logs = [
             stack.enter_context(_OPEN[name](folder, settings, start))

@@ -73,6 +73,9 @@ def check_settings(settings: Settings, *, transcoder: bool) -> None:
         raise TrainingError(f"b_dec_init is {about.b_dec_init!r}: use 'mean' or 'geometric_median'")
     if about.products not in ("auto", *_DTYPES):
         raise TrainingError(f"products is {about.products!r}: use 'float32', 'bfloat16' or 'auto'")
+    for name, value in (("sparsity", about.sparsity), ("dead_after", about.dead_after)):
+        if value is not None and not value >= 0:
+            raise TrainingError(f"{name} is {value}: it must be 0 or more")
     for name, share in (
         ("warm_up", about.warm_up), ("decay", about.decay),
         ("sparsity_warm_up", about.sparsity_warm_up),

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import queue
 import threading
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -170,6 +171,12 @@ class LiveStream:
                 raise TrainingError(
                     f"a buffer of {self._block} contexts holds fewer tokens than one batch of "
                     f"{self.batch_size}; use a larger buffer or a smaller batch"
+                )
+            if number == 1 and min(counts) > 1.1 * steps * mine:
+                warnings.warn(
+                    f"a buffer of {self._block} contexts fills {steps} batches a mix, and what is "
+                    "left over is not used; a larger buffer (rows.buffer) wastes less",
+                    stacklevel=2,
                 )
             step += steps
             before = block

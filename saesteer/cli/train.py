@@ -21,7 +21,8 @@ def cache(config: Config) -> None:
     shards, *_ = stages.cache(run, ranks)
     if not ranks.first:
         return
-    run.save_config()
+    if not (run.path / "sae").exists():  # else it tells what the SAE was trained on
+        run.save_config()
     print(f"{shards.n_tokens:,} tokens of {config.cache.hook_point} in {shards.folder}")
     print(f"next: saesteer train {config.run}")
 

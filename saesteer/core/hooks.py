@@ -42,9 +42,7 @@ def capture(model: nn.Module, points: Iterable[HookPoint]) -> Iterator[dict[Hook
         yield found
 
 
-def _keeper(
-    point: HookPoint, store: Callable[[], dict[HookPoint, Tensor]]
-) -> Callable[[Tensor], None]:
+def _keeper(point: HookPoint, store: Callable[[], dict[HookPoint, Tensor]]) -> Any:
     def keep(x: Tensor) -> None:
         # Some blocks add to this very tensor later (Falcon's `mlp_output += …`).
         store()[point] = x.clone()
