@@ -30,7 +30,7 @@ test: setup  ## run every test
 lint: setup  ## ruff, mypy and the import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@rm -rf build && mkdir -p build/wheel build/unpacked
+	@rm -rf build/lib build/wheel build/unpacked && mkdir -p build/wheel build/unpacked
 	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
 	@cd build/unpacked && ../../$(BIN)/python -m zipfile -e ../wheel/*.whl .
 	cd build/unpacked && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p saesteer

@@ -39,7 +39,7 @@ from saesteer.world import corpus
 
 TITLE = "Caching activations: our tokens a second / sae-lens's"
 CONTEXT = 128
-SAE_LENS_BATCHES = (8, 16, 32, 64)
+SAE_LENS_BATCHES = (8, 16, 32)
 
 
 def ours(
@@ -118,7 +118,7 @@ def row(model_id: str, source: str, tokens: int, rounds: int) -> dict[str, Any]:
     say(f"{model_id}: {len(ways['tokenised']) * CONTEXT:,} tokens; how sae-lens is fastest …")
     tried = {
         (way, size): quietly(
-            lambda way=way, size=size: sae_lens(model, ways[way], n_contexts // 4, size)
+            lambda way=way, size=size: sae_lens(model, ways[way], n_contexts // 8, size)
         )
         for way in ways
         for size in SAE_LENS_BATCHES

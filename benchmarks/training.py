@@ -37,7 +37,7 @@ from saesteer.training.trainer import Trainer
 
 TITLE = "A training step: sae-lens's time / ours"
 SHAPES = ("192x2048x16x4096", "288x2304x32x4096", "768x16384x32x4096")
-STEPS = (80, 80, 8)
+STEPS = (200, 200, 24)
 ROUNDS = (12, 12, 4)
 CHOOSING = ("topk", "batchtopk")
 OTHERS = ("standard", "jumprelu", "gated", "matryoshka")

@@ -82,7 +82,7 @@ class SaeConfig:
     widths: tuple[int, ...] = ()
     """Ends of matryoshka's nested dictionaries, d_sae last; by default 1/16, 1/8, … of it."""
     hook_point_out: str = ""
-    """Makes it a transcoder: it reads at cache.hook_point and predicts what is there."""
+    """Makes it a transcoder: it reads at cache.hook_point and predicts what is at this one."""
     skip: bool = False
     """A transcoder that also has a linear path past its features."""
 
@@ -121,6 +121,8 @@ class TrainConfig:
     """Weight of the loss that lets dead features explain what is left (AuxK)."""
     dead_after: int | None = None
     """Tokens without firing after which a feature is dead; by default 5% of all, 10 M at most."""
+    encoder_init: str = "fitted"
+    """The encoder's first size: fitted (its first code explains most), or unit."""
     b_dec_init: str = "mean"
     """Where the decoder's bias starts: mean or geometric_median of the activations."""
     products: str = "auto"
@@ -216,7 +218,7 @@ def check_ranges(config: Config) -> None:
         ("cache.context_size", cache.context_size, 2, math.inf),
         ("cache.held_out", cache.held_out, 1e-9, 0.9),
         ("sae.d_sae", sae.d_sae, 1, math.inf),
-        ("sae.k", sae.k, 1, sae.d_sae),
+        ("sae.k", sae.k, 1, math.inf),
         ("train.tokens", train.tokens, 1, math.inf),
         ("train.batch_size", train.batch_size, 1, math.inf),
         ("train.lr", train.lr, 1e-12, 1e3),

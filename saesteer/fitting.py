@@ -84,7 +84,8 @@ def sweep(run: Run) -> list[Run]:
             for member, sae in zip(members, saes, strict=True):
                 _share_cache(run, member)
                 _keep(member, sae)
-            run.save_config()
+            if not (run.path / "sae").exists():  # else it tells what that SAE was trained on
+                run.save_config()
     return members if ranks.first else []
 
 
@@ -111,6 +112,11 @@ def combinations(config: Config) -> dict[str, Config]:
         sae = {key: value for key, value in chosen.items() if key not in ("lr", "seed")}
         about = {key: value for key, value in chosen.items() if key in ("lr", "seed")}
         name = "-".join(f"{_SHORT[key]}{value}" for key, value in chosen.items())
+        if not name:
+            raise ConfigError(
+                f"[sweep] varies nothing that {config.sae.architecture} uses: it has k where it "
+                "chooses what fires, and sparsity where it pays for it"
+            )
         found[name] = dataclasses.replace(
             config,
             sae=dataclasses.replace(config.sae, **sae),
@@ -170,7 +176,8 @@ def _settings(config: Config) -> Settings:
     return Settings(
         architecture=sae.architecture, d_sae=sae.d_sae, k=sae.k, sparsity=sae.sparsity,
         widths=sae.widths, lr=about.lr, warm_up=about.warmup, decay=about.decay,
-        sparsity_warm_up=about.sparsity_warmup, seed=about.seed, b_dec_init=about.b_dec_init,
+        sparsity_warm_up=about.sparsity_warmup, seed=about.seed,
+        encoder_init=about.encoder_init, b_dec_init=about.b_dec_init,
         aux_coefficient=about.aux, dead_after=about.dead_after, products=about.products,
         skip=sae.skip,
     )  # fmt: skip
@@ -262,6 +269,7 @@ def _live(run: Run, ranks: Ranks, special: Collection[int]) -> Stream:
         batch_size=config.train.batch_size,
         seed=_order_seed(config),
         ranks=ranks,
+        text=reading.fingerprint(**stages.text_source(run)),
     )
 
 
@@ -283,5 +291,5 @@ def _keep(run: Run, sae: Sae) -> None:
 def _share_cache(run: Run, member: Run) -> None:
     """A sweep's members read the one cache, through a link that moves with the run."""
     link = member.path / "activations"
-    if (run.path / "activations").exists() and not link.is_symlink():
+    if (run.path / "activations").exists() and not link.is_symlink() and not link.exists():
         link.symlink_to(Path("..", "..", "activations"))

@@ -1,6 +1,7 @@
 """The stages that fill a run, each resting on the ones before: cache, train, evaluate, index."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -194,12 +195,15 @@ def _batches(run: Run, text: str | None, tokens: int, *, held_out: bool) -> Iter
         shards.verify()
         first = 0
         if held_out:
-            first = rows.first_held_out(shards.n_contexts, run.config.cache.held_out)
+            first = rows.first_evaluated(shards.n_contexts, run.config.cache.held_out)
         most = math.ceil(tokens / shards.context_size)
         yield from shards.contexts(first, first + most)
         return
+    skip = 0
     if text is None and held_out and run.config.rows.live:
-        tokens = min(tokens, live_held_out(run.config) * run.config.cache.context_size)
+        n_held_out = live_held_out(run.config)
+        skip = n_held_out // 2  # on these the threshold was calibrated
+        tokens = min(tokens, (n_held_out - skip) * run.config.cache.context_size)
     source = text or run.config.text.source
     if not source:
         raise CacheError(
@@ -212,6 +216,7 @@ def _batches(run: Run, text: str | None, tokens: int, *, held_out: bool) -> Iter
         run.tokenizer,
         size,
         prepend_bos=run.sae.prepend_bos,
-        n_contexts=max(1, tokens // size),
+        n_contexts=skip + max(1, tokens // size),
     )
+    contexts = itertools.islice(contexts, skip, None)
     yield from caching.activation_batches(run.model, contexts, run.sae.hook_point)

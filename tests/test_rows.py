@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from saesteer.errors import TrainingError
-from saesteer.training.rows import batches, first_held_out, split_rows, without_outliers
+from saesteer.training.rows import (
+    batches,
+    first_evaluated,
+    first_held_out,
+    split_rows,
+    without_outliers,
+)
 from tests.trained import InMemory, train
 
 
@@ -16,7 +22,9 @@ def test_rows_leave_out_special_tokens_and_hold_out_the_last_contexts() -> None:
     assert first_held_out(20, 0.1) == 18
     assert train_rows.max() < 180 <= held_out.min()
     assert len(train_rows) == 18 * 9 - 1
-    assert len(held_out) == 2 * 9
+    # Of the two contexts held out the second is evaluation's.
+    assert first_evaluated(20, 0.1) == 19
+    assert held_out.tolist() == list(range(181, 190))
     everything = tokens.reshape(-1)
     assert not np.isin(everything[train_rows], [1, 2]).any()
     assert not np.isin(everything[held_out], [1, 2]).any()

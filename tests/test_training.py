@@ -144,6 +144,17 @@ def test_products_in_bfloat16_cost_no_quality() -> None:
         assert rounded > exact - 0.02, architecture
 
 
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_the_fitted_encoder_starts_with_less_error(architecture: str) -> None:
+    given = stream()
+    fvu = {}
+    for name in ("fitted", "unit"):
+        settings = Settings(architecture=architecture, d_sae=D_SAE, k=8, encoder_init=name)
+        trainer = Trainer(settings, given, steps=9, identity=IDENTITY)
+        fvu[name] = trainer.step(next(given.batches(0, 1))[1])["fvu"]
+    assert fvu["fitted"] < 0.9 * fvu["unit"]
+
+
 def test_dead_latents_are_revived_by_the_aux_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     initial = Trainer._initial
 
@@ -156,7 +167,9 @@ def test_dead_latents_are_revived_by_the_aux_loss(monkeypatch: pytest.MonkeyPatc
 
     def alive(aux_coefficient: float) -> int:
         data = InMemory()
-        sae = train(data, steps=400, aux_coefficient=aux_coefficient, dead_after=640)
+        sae = train(
+            data, steps=400, aux_coefficient=aux_coefficient, dead_after=640, encoder_init="unit"
+        )
         return len(sae.encode(data.x).latents.unique())
 
     assert alive(1 / 32) > alive(0.0) + 2

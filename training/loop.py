@@ -8,7 +8,7 @@ import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Job:
     folder: Path | None = None
     log_to: Sequence[str] = ()
     name: str = ""
+    saved: int | None = field(default=None, init=False)  # the newest checkpoint known to be whole
 
     @property
     def checkpoints(self) -> Path | None:
@@ -119,10 +120,15 @@ def _step(job: Job, batch: Any) -> dict[str, float]:
     try:
         return job.trainer.step(batch)
     except TrainingError as error:
-        saved = steps_saved(job.checkpoints)[-1:] if job.checkpoints else []
-        kept = f"step {saved[0]} in {job.checkpoints}" if saved else "none yet"
+        # Good is one whose weights a later step found a finite loss for.
+        saved = steps_saved(job.checkpoints) if job.checkpoints else []
+        good = [step for step in saved if step < job.trainer.done]
+        kept = f"step {good[-1]} in {job.checkpoints}" if good else "none"
         name = f"{job.name}: " if job.name else ""
-        raise TrainingError(f"{name}{error}; last good checkpoint: {kept}") from error
+        raise TrainingError(
+            f"{name}{error}; last good checkpoint: {kept} (other settings start anew: remove "
+            f"{job.checkpoints} first)"
+        ) from error
 
 
 def settings_of(job: Job, stream: Stream) -> dict[str, Any]:
@@ -164,27 +170,43 @@ def _log(job: Job, stream: Stream, ranks: Ranks) -> Iterator[Log]:
 def _resume(job: Job, stream: Stream, ranks: Ranks) -> float:
     """Restore the newest checkpoint that every rank has whole; return the seconds spent so far."""
     folder = job.checkpoints
-    if folder is None:
+    if folder is None or job.folder is None:
         return 0.0
+    _check_layout(job, job.folder / "checkpoints")
     tried: set[int] = set()
     while True:
         mine = [step for step in steps_saved(folder) if step not in tried]
         common = set.intersection(*map(set, ranks.objects(mine)))
         if not common:
+            if mine and not tried:  # other processes lack it: were there as many before?
+                saved_checkpoint(folder, mine[-1], settings_of(job, stream))
             return 0.0
         step = max(common)
         found = saved_checkpoint(folder, step, settings_of(job, stream))
         if all(ranks.objects(found is not None)):
             assert found is not None
             job.trainer.restore(found.tensors, found.step)
+            job.saved = found.step
             return found.seconds
         tried.add(step)
+
+
+def _check_layout(job: Job, folder: Path) -> None:
+    """Refuse checkpoints of processes that shared the latents where these don't, and conversely."""
+    parts = len(list(folder.glob("rank-*")))
+    if parts if not job.trainer.plan.by_features else steps_saved(folder):
+        was = f"by {parts} processes that shared the features" if parts else "with whole SAEs"
+        raise TrainingError(
+            f"the checkpoints in {folder} were made {was}; train in the same way to go on, or "
+            f"remove {folder} to start again"
+        )
 
 
 def _save(job: Job, stream: Stream, seconds: float, ranks: Ranks) -> None:
     folder = job.checkpoints
     if folder is None or not (ranks.first or job.trainer.plan.by_features):
         return
-    state = Checkpoint(job.trainer.state(), job.trainer.done, seconds)
-    if state.step not in steps_saved(folder):
+    if job.saved != job.trainer.done:
+        state = Checkpoint(job.trainer.state(), job.trainer.done, seconds)
         save_checkpoint(folder, state, settings_of(job, stream))
+        job.saved = job.trainer.done

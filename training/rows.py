@@ -23,10 +23,22 @@ def first_held_out(contexts: int, held_out: float) -> int:
     return min(contexts - 1, max(1, contexts - math.ceil(contexts * held_out)))
 
 
+def first_evaluated(contexts: int, held_out: float) -> int:
+    """The first context of the second half of those held out, which evaluation uses.
+
+    On the first half thresholds are calibrated; a single context serves both.
+    """
+    first = first_held_out(contexts, held_out)
+    return first + (contexts - first) // 2
+
+
 def split_rows(
     tokens: np.ndarray, special_ids: Collection[int], held_out: float = 0.05
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the rows to train on, and of those held out: whole contexts, the last ones.
+    """Indices of the rows to train on, and of those to calibrate on: whole contexts.
+
+    The last contexts are held out: the first half of them (one at least) is the latter, and the
+    others are nobody's but evaluation's.
 
     Args:
         tokens: int [contexts, context_size].
@@ -43,8 +55,9 @@ def split_rows(
             "out; cache more tokens or use a shorter context"
         )
     first = first_held_out(contexts, held_out)
+    last = max(first + 1, first_evaluated(contexts, held_out))
     plain = ~np.isin(np.asarray(tokens), np.fromiter(special_ids, dtype=np.int64)).reshape(-1)
-    train, rest = plain[: first * size].nonzero()[0], plain[first * size :].nonzero()[0]
+    train, rest = plain[: first * size].nonzero()[0], plain[first * size : last * size].nonzero()[0]
     if not len(train) or not len(rest):
         raise TrainingError("every cached token is a special token; cache text with words in it")
     return train, rest + first * size

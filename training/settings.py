@@ -27,6 +27,8 @@ class Settings:
         warm_up, decay: shares of the steps in which it rises from 0, and falls to 0 at the end.
         sparsity_warm_up: share of the steps in which the penalty's weight rises from 0.
         seed: of the weights.
+        encoder_init: how long the encoder's rows, along the decoder's, are at first: "fitted", so
+            that its first code explains most; or "unit", as long as those (Gao et al. 2024).
         b_dec_init: "mean" or "geometric_median" of the training rows.
         aux_coefficient: weight of the AuxK loss for dead latents.
         dead_after: a latent is dead when it fired on none of that many tokens; by default 5% of
@@ -48,6 +50,7 @@ class Settings:
     decay: float = 0.2
     sparsity_warm_up: float = 0.1
     seed: int = 0
+    encoder_init: str = "fitted"
     b_dec_init: str = "mean"
     aux_coefficient: float = 1 / 32
     dead_after: int | None = None
@@ -67,8 +70,10 @@ def check_settings(settings: Settings, *, transcoder: bool) -> None:
             f"{did_you_mean(about.architecture, ARCHITECTURES)}: "
             f"use one of {', '.join(ARCHITECTURES)}"
         )
-    if not 1 <= about.k <= about.d_sae:
+    if ARCHITECTURES[about.architecture].chooses and not 1 <= about.k <= about.d_sae:
         raise TrainingError(f"k is {about.k}: it must lie between 1 and d_sae = {about.d_sae}")
+    if about.encoder_init not in ("fitted", "unit"):
+        raise TrainingError(f"encoder_init is {about.encoder_init!r}: use 'fitted' or 'unit'")
     if about.b_dec_init not in ("mean", "geometric_median"):
         raise TrainingError(f"b_dec_init is {about.b_dec_init!r}: use 'mean' or 'geometric_median'")
     if about.products not in ("auto", *_DTYPES):

@@ -9,7 +9,7 @@ import itertools
 import queue
 import threading
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -117,8 +117,10 @@ class LiveStream:
             where it differs).
         keep: tokens [n, context_size] → which of them are used, bool.
         block: contexts a block.
-        n_held_out: the first so many contexts, never trained on.
+        n_held_out: the first so many contexts, never trained on; `held_out` gives the first half
+            of them, the others are evaluation's.
         ranks: those that share each batch by rows; each reads its own contexts of a block.
+        text: what the text is, JSON: part of the identity.
 
     Raises:
         TextError: the text is shorter than the contexts held out and one block.
@@ -129,6 +131,7 @@ class LiveStream:
         read: Callable[[list[Context]], tuple[Tensor, ...]],
         *, keep: Callable[[np.ndarray], np.ndarray], block: int, n_held_out: int,
         batch_size: int, seed: int = 0, ranks: Ranks = ALONE,
+        text: Mapping[str, Any] | None = None,
     ):  # fmt: skip
         self._contexts, self._read, self._keep = contexts, read, keep
         self._block, self._n_held_out = block, n_held_out
@@ -141,11 +144,13 @@ class LiveStream:
                 f"the text holds {len(first)} contexts, fewer than the {n_held_out} to hold out "
                 f"and the buffer's {block}; give more text, or train from a cache"
             )
-        self._held_out = self._rows(first[:n_held_out]).x
+        self._held_out = self._rows(first[: max(1, n_held_out // 2)]).x
         self.sample = self._rows(first[n_held_out:][: max(1, SAMPLE // len(first[0].tokens))])
         self.identity = {
             "activations": _hash(self.sample.x[:1024].numpy()),
+            "text": dict(text or {}),
             "block": block,
+            "held_out": n_held_out,
             "ranks": ranks.size,
             "order": seed,
         }
@@ -191,7 +196,8 @@ class LiveStream:
         while True:
             text = itertools.islice(self._contexts(), self._n_held_out, None)
             while block := list(itertools.islice(text, self._block)):
-                yield block
+                if len(block) >= self._ranks.size:  # each rank needs one of its contexts
+                    yield block
 
     def _count(self, block: list[Context], number: int) -> list[tuple[int, int]]:
         """How many of a block's rows each rank deals into the first half, and into the second."""

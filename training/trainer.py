@@ -26,6 +26,8 @@ from saesteer.training.stream import Batch, Stream
 _CALIBRATION = 2**17
 # Decoder rows that are looked at together.
 _ROWS = 1024
+# Rows to which the encoder's first size is fitted.
+_FITTED = 2048
 # A loss this many times the variance never comes back.
 EXPLODED = 1e4
 
@@ -112,9 +114,6 @@ class Trainer:
 
         decoder = directions(target.shape[1])
         encoder = decoder.clone() if self.plan.subtract_b_dec else directions(x.shape[1])
-        if architecture.solve is not None:
-            # About half of all latents fire at first: so small that together they make up x.
-            encoder *= min(1.0, 2 * x.shape[1] / about.d_sae)
         middle = target.mean(0) if about.b_dec_init == "mean" else _geometric_median(target)
         weights = {
             "encoder": encoder.to(self.device),
@@ -128,6 +127,10 @@ class Trainer:
             weights[name] = torch.full_like(weights["b_enc"], value)
         if about.skip:
             weights["skip"] = target.new_zeros(target.shape[1], x.shape[1])
+        if about.encoder_init == "fitted":
+            factor = _fitted_factor(self.plan, weights, x[:_FITTED], target[:_FITTED])
+            weights["encoder"] *= factor
+            weights["b_enc"] *= factor
         if self.plan.by_features:
             mine = _slice(about.d_sae, self.plan.ranks)
             weights = {
@@ -283,6 +286,20 @@ def _scale(x: Tensor) -> float:
     if not mean_norm > 0:
         raise TrainingError("every activation is zero; check the hook point and the cache")
     return x.shape[1] ** 0.5 / mean_norm
+
+
+def _fitted_factor(plan: Plan, weights: Weights, x: Tensor, target: Tensor) -> float:
+    """What the encoder is to be multiplied by for the least squared error, by its first code."""
+    along = squared = 0.0
+    for first, pre in encoder_of(plan, weights, x).pieces():
+        if plan.architecture.chooses:
+            values, at = pre.topk(plan.k, dim=-1)
+            pre = torch.zeros_like(pre).scatter_(1, at, values)
+        made = pre.relu() @ weights["decoder"]
+        wanted = target[first : first + len(pre)] - weights["b_dec"]
+        along += float((made * wanted).sum())
+        squared += float(made.square().sum())
+    return along / squared if along > 0 else 1.0
 
 
 def _slice(d_sae: int, ranks: Ranks) -> slice:
