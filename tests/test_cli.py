@@ -64,6 +64,10 @@ def test_train_then_eval_index_search_feature(capsys, small_config, tmp_path):
     assert code == 0 and "explained variance" in out, err
     code, out, _ = run(capsys, f"eval {tmp_path / 'r'} --json")
     assert json.loads(out)["l0"] > 0
+    # What the SAE was trained on stays known: evaluation and publishing rest on it.
+    before = config.read(tmp_path / "r/config.toml")
+    assert run(capsys, f"cache {made} --run {tmp_path / 'r'} --cache.held-out 0.5")[0] == 0
+    assert config.read(tmp_path / "r/config.toml") == before
     assert run(capsys, f"index {tmp_path / 'r'}")[0] == 0
     code, out, _ = run(capsys, f"search {tmp_path / 'r'} boat --limit 2")
     assert code == 0 and "feature" in out

@@ -264,3 +264,22 @@ def test_the_command_prints_the_table(
     # Without a [sweep] it is one line.
     assert main(["sweep", str(tmp_path / "run/sweep/topk-k8")]) == 2
     assert "no [sweep]" in capsys.readouterr().err
+
+
+def test_a_sweep_over_what_the_architecture_has_no_use_for_is_refused(tiny_config: Config) -> None:
+    base = dataclasses.replace(
+        tiny_config,
+        sae=dataclasses.replace(tiny_config.sae, architecture="jumprelu"),
+        sweep=SweepConfig(k=(4, 8)),
+    )
+    with pytest.raises(ConfigError, match="varies nothing that jumprelu uses"):
+        fitting.combinations(base)
+    both = dataclasses.replace(base, sweep=SweepConfig(architecture=("topk", "gated"), k=(4, 8)))
+    assert list(fitting.combinations(both)) == ["topk-k4", "topk-k8", "gated"]
+
+
+def test_members_of_a_seed_sweep_keep_the_order_of_their_tokens(tiny_config: Config) -> None:
+    base = dataclasses.replace(tiny_config, sweep=SweepConfig(seed=(3, 4)))
+    members = fitting.combinations(base)
+    assert list(members) == ["seed3", "seed4"]
+    assert {member.train.order_seed for member in members.values()} == {tiny_config.train.seed}

@@ -253,6 +253,10 @@ def test_saved_saes_load_in_sae_lens_and_encode_identically(
         ({"architecture": "matryoshka", "widths": (20, 10, D_SAE)}, "they must rise"),
         ({"architecture": "matryoshka", "widths": (10, 20)}, "end at d_sae = 48"),
         ({"skip": True}, "only a transcoder"),
+        ({"sparsity": -5.0}, "sparsity is -5"),
+        ({"sparsity": math.nan}, "sparsity is nan"),
+        ({"dead_after": -3}, "dead_after is -3"),
+        ({"encoder_init": "zero"}, "encoder_init is 'zero'"),
     ],
 )
 def test_bad_settings_are_named(changes: dict[str, Any], named: str) -> None:
@@ -352,6 +356,31 @@ def test_a_damaged_checkpoint_costs_steps_and_not_the_run(
             train(Dying(1), **how)
         assert "is damaged" in capsys.readouterr().out
     assert same(train(**how), unbroken)
+
+
+def test_a_damaged_last_checkpoint_is_replaced(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"folder": tmp_path, "checkpoint_steps": 8}
+    unbroken = train(**how)
+    last = tmp_path / "checkpoints" / "step-00000060" / "state.safetensors"
+    whole = last.read_bytes()
+    last.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    assert same(train(**how), unbroken)
+    assert last.read_bytes() == whole
+
+
+def test_a_checkpoint_is_good_only_when_a_loss_came_after_it(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"at step 2 of 60.*last good checkpoint: none"):
+        train(folder=tmp_path, lr=1e25, checkpoint_steps=1)
+    assert (tmp_path / "checkpoints" / "step-00000001").exists()
+
+
+def test_checkpoints_of_processes_that_shared_the_latents_are_refused(tmp_path: Path) -> None:
+    train(folder=tmp_path, by_features=True)
+    with pytest.raises(TrainingError, match="made by 1 processes that shared the features"):
+        train(folder=tmp_path)
+    train(folder=tmp_path / "whole")
+    with pytest.raises(TrainingError, match="made with whole SAEs"):
+        train(folder=tmp_path / "whole", by_features=True)
 
 
 def test_a_checkpoint_of_other_settings_is_refused_by_name(tmp_path: Path) -> None:
