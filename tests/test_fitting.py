@@ -110,7 +110,7 @@ def test_a_transcoder_predicts_the_output_of_an_mlp(
     assert torch.equal(everything[0][at], batch.x)
     assert torch.equal(everything[1][at], batch.target)
     # The figure of the evaluation, made by hand.
-    tokens = torch.from_numpy(np.array(shards[0].tokens[-13:])).long()  # 10% of 125 contexts
+    tokens = torch.from_numpy(np.array(shards[0].tokens[-7:])).long()  # half of 10% of 125
     points = [sae.hook_point, sae.hook_point_out]
     found = activations(run.model, points, tokens)
     plain = ~np.isin(tokens.numpy(), sorted(run.special_ids)).reshape(-1)

@@ -179,8 +179,8 @@ def test_an_unknown_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bad_arguments(folder: Path) -> None:
-    with pytest.raises(ModelError, match="did you mean 'float16'"):
-        load_model(str(folder), dtype="float61")
+    with pytest.raises(ModelError, match="did you mean 'float32'"):
+        load_model(str(folder), dtype="float23")
     with pytest.raises(ModelError, match="unknown device 'gpu'"):
         load_model(str(folder), device="gpu")
     with pytest.raises(ModelError, match="no model given"):

@@ -20,7 +20,7 @@ from saesteer import config, fitting
 from saesteer.cli.main import main
 from saesteer.config import Config, SweepConfig
 from saesteer.core.sae import load_sae
-from saesteer.errors import ConfigError, SaesteerError
+from saesteer.errors import ConfigError, SaesteerError, TrainingError
 from saesteer.run import Run
 from saesteer.training.stream import CachedStream
 from tests.trained import same
@@ -227,7 +227,7 @@ def test_a_live_sweep_has_no_cache(tiny_config: Config, tmp_path: Path) -> None:
     [
         (SweepConfig(), "no [sweep]"),
         (SweepConfig(architecture=("topk", "tpok")), "did you mean 'topk'"),
-        (SweepConfig(k=(8, 65)), "sae.k is 65"),
+        (SweepConfig(k=(8, 65)), "k is 65"),
         (SweepConfig(d_sae=(64, 0)), "sae.d_sae is 0"),
         (SweepConfig(lr=(1e-3, float("nan"))), "train.lr is nan"),
         (SweepConfig(seed=(0, -1)), "train.seed is -1"),
@@ -239,7 +239,7 @@ def test_a_bad_sweep_is_one_line_before_anything_is_cached(
     with pytest.raises(SaesteerError) as raised:
         fitting.sweep(Run.create(changed(tiny_config, tmp_path / "run", sweep=sweep)))
     assert message in str(raised.value) and "\n" not in str(raised.value)
-    assert isinstance(raised.value, ConfigError) or "did you mean" in message
+    assert isinstance(raised.value, ConfigError | TrainingError)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.toml"}
 
 
