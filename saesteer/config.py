@@ -240,9 +240,9 @@ def check_ranges(config: Config) -> None:
         raise ConfigError(
             f"rows.max_norm is {config.rows.max_norm:g}; expected 1 or more, such as 10"
         )
-    for key, value in (("rows.max_norm", config.rows.max_norm), ("cache.also", cache.also)):
-        if config.rows.live and value:
-            raise ConfigError(f"{key} needs cached activations; set rows.live to false")
+    if config.rows.live and (config.rows.max_norm is not None or cache.also):
+        key = "cache.also" if cache.also else "rows.max_norm"
+        raise ConfigError(f"{key} needs cached activations; set rows.live to false")
 
 
 def _build(kind: type, values: dict[str, Any], where: str) -> Any:
