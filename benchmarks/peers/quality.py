@@ -75,8 +75,8 @@ def explained(x: Tensor, out: Tensor) -> float:
 def agree(losses: dict[str, list[float]]) -> None:
     """Stop where first steps with the same weights on the same batch don't give the same loss."""
     for name, (loss, *_) in losses.items():
-        # Autocast's products are bfloat16's, and so are the losses made of them.
-        most = 0.05 if "autocast" in name else 1e-3
+        # Autocast's losses are bfloat16's; ours may have products in it, which moves them less.
+        most = 0.05 if "autocast" in name else 0.01
         if abs(loss / losses["ours"][0] - 1) > most:
             raise SystemExit(
                 f"the first loss of {name} is {loss:.6g} and that of ours "
