@@ -1,7 +1,8 @@
 """Caching activations: ours against sae-lens's CacheActivationsRunner, tokens a second.
 
 Both write float32 activations of one hook point to the disk, in contexts of 128 tokens of the same
-text, in alternating runs in one process; loading the model is left out of both. sae-lens gets the
+text, in alternating runs, each in a process of its own (ours tells the allocator to keep freed
+memory, which would help the other too); loading the model is left out of both. sae-lens gets the
 way and the batch size in which it is fastest here, which the row names: it reads the text, or text
 tokenised beforehand. Ours starts from the same, and finds its batch size within its time.
 
@@ -22,6 +23,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -98,38 +102,72 @@ def sae_lens(model: PreTrainedModel, data: Any, n_contexts: int, batch_size: int
         return float(len(cached) * CONTEXT / seconds)
 
 
+class Side:
+    """What a process of its own needs: the model, and the text in both ways of giving it."""
+
+    def __init__(self, model_id: str, source: str, n_contexts: int, threads: int):
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(False)
+        self.model, self.tokenizer = load_model(model_id, dtype="float32")
+        self.documents = list(reading.documents(source))
+        packed = packing.pack(self.documents, self.tokenizer, CONTEXT, n_contexts=n_contexts)
+        self.packed = list(packed)
+
+    def ours(self, way: str) -> float:
+        """Tokens a second."""
+        if way == "text":
+            contexts = partial(packing.pack, self.documents, self.tokenizer, CONTEXT)
+        else:
+            contexts = partial(iter, self.packed)
+        special = special_token_ids(self.model, self.tokenizer)
+        return ours(self.model, special, contexts, len(self.packed))
+
+    def sae_lens(self, way: str, batch_size: int, part: int = 1) -> float:
+        """Tokens a second, over one of so many parts of the text."""
+        from datasets import Dataset
+
+        if way == "text":
+            data = Dataset.from_dict({"text": self.documents})
+        else:
+            data = Dataset.from_dict({"tokens": [c.tokens.tolist() for c in self.packed]})
+        return sae_lens(self.model, data, len(self.packed) // part, batch_size)
+
+
+_side: list[Side] = []
+
+
+def _begin(*given: Any) -> None:
+    warnings.simplefilter("ignore")
+    _side.append(quietly(partial(Side, *given)))
+
+
+def _ask(name: str, *given: Any) -> float:
+    return float(quietly(partial(getattr(_side[0], name), *given)))
+
+
 def row(model_id: str, source: str, tokens: int, rounds: int) -> dict[str, Any]:
     """Both in turn on one model."""
-    from datasets import Dataset
-
-    model, tokenizer = load_model(model_id, dtype="float32")
-    n_contexts = tokens // CONTEXT
-    special_ids = special_token_ids(model, tokenizer)
-    documents = list(reading.documents(source))
-    packed = list(packing.pack(documents, tokenizer, CONTEXT, n_contexts=n_contexts))
-    ways = {
-        "text": Dataset.from_dict({"text": documents}),
-        "tokenised": Dataset.from_dict({"tokens": [c.tokens.tolist() for c in packed]}),
-    }
-    our_ways: dict[str, Callable[[], Iterator[Context]]] = {
-        "text": lambda: packing.pack(documents, tokenizer, CONTEXT),
-        "tokenised": lambda: iter(packed),
-    }
-    say(f"{model_id}: {len(ways['tokenised']) * CONTEXT:,} tokens; how sae-lens is fastest …")
-    tried = {
-        (way, size): quietly(
-            lambda way=way, size=size: sae_lens(model, ways[way], n_contexts // 8, size)
+    given = (model_id, source, tokens // CONTEXT, torch.get_num_threads())
+    with contextlib.ExitStack() as stack:
+        us, them = (
+            stack.enter_context(
+                ProcessPoolExecutor(1, get_context("spawn"), initializer=_begin, initargs=given)
+            )
+            for _ in range(2)
         )
-        for way in ways
-        for size in SAE_LENS_BATCHES
-    }
-    way, size = max(tried, key=lambda key: tried[key])
-    say(", ".join(f"{w} {s}: {rate:,.0f}" for (w, s), rate in tried.items()))
-    sides: dict[str, Callable[[], float]] = {
-        "ours": lambda: quietly(lambda: ours(model, special_ids, our_ways[way], n_contexts)),
-        "sae-lens": lambda: quietly(lambda: sae_lens(model, ways[way], n_contexts, size)),
-    }
-    found = results.alternating(sides, rounds, say)
+        say(f"{model_id}: {tokens:,} tokens; how sae-lens is fastest …")
+        tried = {
+            (way, size): them.submit(_ask, "sae_lens", way, size, 8).result()
+            for way in ("text", "tokenised")
+            for size in SAE_LENS_BATCHES
+        }
+        way, size = max(tried, key=lambda key: tried[key])
+        say(", ".join(f"{w} {s}: {rate:,.0f}" for (w, s), rate in tried.items()))
+        sides: dict[str, Callable[[], float]] = {
+            "ours": lambda: us.submit(_ask, "ours", way).result(),
+            "sae-lens": lambda: them.submit(_ask, "sae_lens", way, size).result(),
+        }
+        found = results.alternating(sides, rounds, say)
     return {
         "model": Path(model_id).name,
         "ours_tok_s": statistics.median(found["ours"]),
@@ -140,7 +178,7 @@ def row(model_id: str, source: str, tokens: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def quietly(work: Callable[[], float]) -> float:
+def quietly(work: Callable[[], Any]) -> Any:
     """Without progress bars and warnings, which would mix with the figures."""
     with Path(os.devnull).open("w") as nowhere, warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saesteer.training import choose
-from saesteer.training.choose import Chosen, Encoder, batch_topk, calibrated_threshold, topk
+from saesteer.training.choose import (
+    Chosen,
+    Encoder,
+    batch_topk,
+    calibrated_threshold,
+    largest,
+    topk,
+)
 from saesteer.training.ranks import Ranks
 
 ALONE = Ranks()
@@ -62,6 +69,17 @@ def test_pieces_are_joined_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = topk(encoder(pre), 4, ALONE), batch_topk(encoder(pre), 300, ALONE)
     for one, other in zip(whole, pieces, strict=True):
         assert torch.equal(dense(one, pre.shape), dense(other, pre.shape))
+
+
+@pytest.mark.parametrize("d", [7, 64, 100, 1024, 4099])
+@pytest.mark.parametrize("k", [1, 5, 7])
+def test_the_largest_are_found_group_by_group(d: int, k: int) -> None:
+    x = torch.randn(33, d, generator=torch.Generator().manual_seed(d))
+    x[:5] = x[:5].round()  # ties
+    values, places = largest(x, k)
+    assert torch.equal(x.gather(1, places), values)
+    assert torch.equal(values.sort(descending=True).values, x.topk(k).values)
+    assert all(len(set(row)) == k for row in places.tolist())
 
 
 def test_batch_topk_is_exact_where_few_rows_mislead_it(monkeypatch: pytest.MonkeyPatch) -> None:

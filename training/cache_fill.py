@@ -30,7 +30,7 @@ from saesteer.training.ranks import Ranks
 from saesteer.training.stream import prefetched
 
 # Below this, looking for the best batch size takes longer than it saves.
-SEARCHED_TOKENS = 2**19
+SEARCHED_TOKENS = 2**21
 
 # Contexts that the reader hands over at once, and batches that wait for a worker.
 PIECE, WAITING = 64, 64

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from saesteer.core.hooks import reading
+from saesteer.core.memory import keep_freed_memory
 from saesteer.core.model import HookPoint
 from saesteer.core.shards import ContextBatch
 from saesteer.errors import CacheError
@@ -20,11 +21,13 @@ from saesteer.training.cache_products import fast_products
 from saesteer.training.packing import Context
 
 # Tokens a forward pass where nobody has looked for a better size.
-TOKENS_A_PASS = {"cpu": 1024, "cuda": 65536, "mps": 8192}
+TOKENS_A_PASS = {"cpu": 2048, "cuda": 65536, "mps": 8192}
 # The most that is tried: on a CPU more only costs memory; on CUDA memory itself is the bound.
 MOST_TOKENS_A_PASS = {"cpu": 8192, "cuda": 2**20, "mps": 65536}
+# The fewest that are tried on a CPU, where fewer are never faster.
+LEAST_TOKENS_A_PASS = 1024
 # A size is tried for so long, in seconds, but at least once.
-TRIED_SECONDS = 0.25
+TRIED_SECONDS = 0.1
 
 
 def activation_batches(
@@ -121,6 +124,7 @@ def workers(model: PreTrainedModel) -> Iterator[tuple[Executor, int]]:
     The passes of a small model don't fill several cores, and where one core is late, the others
     wait for it at every layer; passes of their own do neither. A GPU has one thread.
     """
+    keep_freed_memory()
     threads = torch.get_num_threads()
     if model.device.type != "cpu" or threads == 1:
         with ThreadPoolExecutor(1) as pool:
@@ -142,7 +146,7 @@ def check_batch_size(batch_size: int | None) -> None:
 
 def usual_batch_size(model: PreTrainedModel, context_size: int) -> int:
     """Contexts a forward pass that suit the device, without trying."""
-    return max(1, TOKENS_A_PASS.get(model.device.type, 1024) // context_size)
+    return max(1, TOKENS_A_PASS.get(model.device.type, 2048) // context_size)
 
 
 def found_batch_size(
@@ -152,10 +156,9 @@ def found_batch_size(
     n_workers: int,
     device: str,
 ) -> int:
-    """The contexts a forward pass with which tokens go through fastest: 1, 2, 4, … are timed.
+    """The contexts a forward pass with which tokens go through fastest: powers of 2 are timed.
 
-    The search ends where two doublings have brought less than 5%, or the memory is full. A size
-    that is less than 5% slower than the fastest and smaller is taken in its place.
+    The search ends where two doublings have brought less than 2%, or the memory is full.
 
     Args:
         one_pass: from `passing`.
@@ -166,22 +169,24 @@ def found_batch_size(
     Raises:
         CacheError: not even one context fits into the memory.
     """
-    most = MOST_TOKENS_A_PASS.get(device, 8192) // len(contexts[0].tokens)
-    rates: list[float] = []  # of 1, 2, 4, …
-    while 2 ** len(rates) <= min(len(contexts), max(1, most)):
+    context_size = len(contexts[0].tokens)
+    most = min(len(contexts), max(1, MOST_TOKENS_A_PASS.get(device, 8192) // context_size))
+    least = LEAST_TOKENS_A_PASS // context_size if device == "cpu" else 1
+    sizes = [size for i in range(most.bit_length()) if least <= (size := 2**i) <= most] or [most]
+    rates: list[float] = []
+    for size in sizes:
         try:
-            rates.append(_contexts_a_second(one_pass, contexts[: 2 ** len(rates)], pool, n_workers))
+            rates.append(_contexts_a_second(one_pass, contexts[:size], pool, n_workers))
         except torch.OutOfMemoryError:
             break
-        if len(rates) > 2 and max(rates[-2:]) < 1.05 * max(rates[:-2]):
+        if len(rates) > 2 and max(rates[-2:]) < 1.02 * max(rates[:-2]):
             break
     if not rates:
         raise CacheError(
             "not even one context fits into the device's memory; use a shorter "
             "--cache.context-size, or --model.dtype bfloat16"
         )
-    good = [doublings for doublings, rate in enumerate(rates) if 1.05 * rate >= max(rates)]
-    return int(2 ** good[0])
+    return sizes[rates.index(max(rates))]
 
 
 def _contexts_a_second(

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -40,6 +41,12 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, aside and renamed."""
     with written_aside(path) as aside:
         aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -122,11 +122,12 @@ def special_token_ids(
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short hash that tells this model's weights from any other's: 16 hexadecimal digits.
+    """A short hash that tells this model's weights from another's: 16 hexadecimal digits.
 
     Made from every parameter's name and shape and the signs of up to 1024 of its values, evenly
     spread. A sign survives every rounding, so a model has one fingerprint in float32, bfloat16
     and float16 and on any device; a fine-tuned copy flips enough of them to have another.
+    A copy whose weights are only multiplied by positive numbers has the same.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):

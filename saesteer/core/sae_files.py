@@ -1,6 +1,5 @@
 """The files of an SAE folder: read whole or refused in one line, written together or not at all."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from saesteer.core.files import sha256
 from saesteer.errors import SaeError
 
 CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
@@ -72,12 +72,6 @@ def read_sparsity(folder: Path) -> Tensor | None:
     if found is None:
         raise SaeError(f"{path} holds no 'sparsity'; download it again, or remove the file")
     return found.detach().float().clone()
-
-
-def sha256(path: Path) -> str:
-    """The file's SHA-256, 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def one_line(error: BaseException) -> str:

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from saesteer.core.files import write_json, written_aside
+from saesteer.core.files import sha256, write_json, written_aside
 from saesteer.errors import CacheError
 
 FORMAT = 2
@@ -221,7 +221,6 @@ def read_tokens(folder: Path, entry: Mapping[str, Any]) -> NDArray[np.int32]:
 def is_whole(folder: Path, entry: Mapping[str, Any]) -> bool:
     """Whether a shard's file has the bytes that were written."""
     try:
-        with (folder / entry["file"]).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]
+        return bool(sha256(folder / entry["file"]) == entry["sha256"])
     except OSError:
         return False
