@@ -82,6 +82,11 @@ def test_the_largest_are_found_group_by_group(d: int, k: int) -> None:
     assert all(len(set(row)) == k for row in places.tolist())
 
 
+def test_none_of_none_is_found() -> None:
+    values, places = largest(torch.empty(4, 0), 0)
+    assert values.shape == places.shape == (4, 0)
+
+
 def test_batch_topk_is_exact_where_few_rows_mislead_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows that the bound is guessed from hold all the large values, or none of them."""
     monkeypatch.setattr(choose, "ROWS_A_PIECE", 64)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from saesteer.core.sae import load_sae
 from saesteer.core.files import sha256
+from saesteer.core.sae import load_sae
 from saesteer.core.sae_files import CHECKSUM
 from saesteer.errors import SaeError
 from tests.test_sae import ARCHITECTURES, D_SAE, make_sae

@@ -129,7 +129,7 @@ def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     the k groups with the largest maxima, and only those groups are looked into.
     """
     width = x.shape[1] // _GROUP
-    if x.device.type != "cpu" or width < 2 * k:
+    if x.device.type != "cpu" or width < max(1, 2 * k):
         values, places = x.topk(k, dim=-1, sorted=False)
         return values, places
     columns = torch.arange(x.shape[1])
