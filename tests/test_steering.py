@@ -19,6 +19,7 @@ from saesteer.steering.engine import steer
 from saesteer.steering.positions import Positions
 from saesteer.steering.program import compile_point
 from saesteer.steering.receipt import Record
+from saesteer.steering.steps import Placed, Shared
 from tests.test_hooks import BoomError, unchanged
 from tests.tiny import BOS, EOS, PAD, UNK, WIDTH, random_ids, tiny_model, tiny_sae, tiny_tokenizer
 
@@ -231,7 +232,7 @@ def test_texts_and_logits_agree_alone_and_in_a_batch(arch: str) -> None:
     model, sae, rows = tiny_model(arch), tiny_sae(), rows_of([7, 4, 9])
     edits = [
         Clamp(sae, 5, 3.0, where=Positions(prompt=False)),
-        Add(vector(), 0.7, "layers.0.resid_post", Positions(generated=False)),
+        Add(vector(), 0.7, "layers.0.resid_post", where=Positions(generated=False)),
         Clamp(sae, 9, 2.0, "min"),
     ]
 
@@ -364,11 +365,16 @@ def test_no_ops_keep_even_the_sign_of_zero(edit: Edit) -> None:
         prompt_index=0,
         first_new=0,
         mask=None,
-        special_ids=torch.tensor([BOS]),
+        special_ids=frozenset([BOS]),
+        generating=False,
+        rows=1,
+        reordered=False,
+        ids_so_far=None,
     )
     x = torch.stack([vector(i) for i in range(3)])[None]
     x[..., ::2] = -0.0
-    run = compile_point([(edit, Record("it"))], lambda t, where: where.mask(t), tokens.device)
+    shared = Shared(lambda t, where: where.mask(t), {}, 0, tokens.device)
+    run = compile_point([Placed(edit, Record("it"))], [], shared)
     assert torch.equal(run(x, tokens).view(torch.int32), x.view(torch.int32))
 
 
@@ -453,7 +459,7 @@ def test_special_tokens_and_padding_are_left_alone_unless_asked() -> None:
 
     def touched(where: Positions, **kwargs: Any) -> list[list[int]]:
         with (
-            steer(model, Add(vector(), 1.0, MIDDLE, where), **kwargs),
+            steer(model, Add(vector(), 1.0, MIDDLE, where=where), **kwargs),
             capture(model, [MIDDLE]) as found,
         ):
             model(ids, attention_mask=mask)
@@ -553,7 +559,7 @@ def test_edits_that_do_not_fit_are_refused_before_anything_runs() -> None:
     for edits, error, message in (
         ([], SteeringError, "no edits"),
         ([vector()], SteeringError, "Tensor is not an edit"),
-        ([Add(torch.ones(7), 1.0, MIDDLE)], SteeringError, "7 dimensions and the model 32"),
+        ([Add(torch.ones(7), 1.0, MIDDLE)], SteeringError, "7 dimensions and the model has 32"),
         ([Clamp(tiny_sae(d_in=8), 5, 1.0)], SteeringError, "reads 8 dimensions"),
         ([Clamp(sae, 5, 1.0, point="layers.4.resid_post")], HookPointError, "3 blocks"),
     ):

@@ -138,7 +138,7 @@ def test_it_prints_as_a_table_and_saves_as_json() -> None:
     model, sae = tiny_model(), tiny_sae()
     edits = [
         Clamp(sae, 5, 2.0),
-        Add(torch.ones(WIDTH), 0.5, "layers.0.mlp_out", Positions(special=True)),
+        Add(torch.ones(WIDTH), 0.5, "layers.0.mlp_out", where=Positions(special=True)),
     ]
     with steer(model, edits) as receipt:
         model(random_ids(2, 4))

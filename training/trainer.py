@@ -173,16 +173,28 @@ class Trainer:
         return figures | {"lr": lr}
 
     def _update(self, gradients: Weights, lr: float) -> None:
-        """One Adam step along the sphere on which decoder rows live."""
-        decoder, gradient = self.weights["decoder"], gradients["decoder"]
-        # A few rows at a time, so that what is made in between stays in the processor's cache.
-        for rows, grads in zip(decoder.split(_ROWS), gradient.split(_ROWS), strict=True):
-            grads.addcmul_((grads * rows).sum(-1, keepdim=True), rows, value=-1)
+        """One Adam step; decoder rows have norm 1 before and after it.
+
+        Where latents are chosen, a row that has grown gives its growth to the encoder, which leaves
+        what the SAE computes as it is: the step is that of an SAE whose decoder is free and whose
+        choice weighs activations by decoder norms. A penalty would be evaded that way, so where
+        there is one, rows stay on the sphere.
+        """
+        decoder = self.weights["decoder"]
+        if not self.plan.architecture.chooses:
+            # A few rows at a time, so that what is made in between stays in the processor's cache.
+            pieces = zip(decoder.split(_ROWS), gradients["decoder"].split(_ROWS), strict=True)
+            for rows, grads in pieces:
+                grads.addcmul_((grads * rows).sum(-1, keepdim=True), rows, value=-1)
         for name, tensor in self.weights.items():
             tensor.grad = gradients[name]
         self._optimiser.param_groups[0]["lr"] = lr
         self._optimiser.step()
-        decoder.div_(torch.linalg.vector_norm(decoder, dim=-1, keepdim=True).clamp_min_(1e-12))
+        norms = torch.linalg.vector_norm(decoder, dim=-1).clamp_min_(1e-12)
+        decoder.div_(norms[:, None])
+        if self.plan.architecture.chooses:
+            self.weights["encoder"].mul_(norms[:, None])
+            self.weights["b_enc"].mul_(norms)
         if "threshold" in self.weights:
             self.weights["threshold"].clamp_min_(0)
 

@@ -48,6 +48,10 @@ _HALVES = {
 }
 
 
+# The last linear layer of a block's attention, which mixes its heads.
+_MIXES_HEADS = ("o_proj", "c_proj", "out_proj", "dense", "wo", "proj")
+
+
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The list of decoder blocks of any causal language model, also inside a multimodal one.
 
@@ -94,7 +98,39 @@ def site_module(model: nn.Module, point: HookPoint) -> tuple[nn.Module, Literal[
         return block, "input"
     if point.site == "resid_post":
         return block, "output"
+    if point.head is not None:
+        head_columns(model, point)
+        return _output_projection(block, point), "input"
     return _half(block, point), "output"
+
+
+def head_columns(model: nn.Module, point: HookPoint) -> slice:
+    """The columns of the output projection's input that are this head's.
+
+    Raises HookPointError for a head that is not there, or an attention without such a projection.
+    """
+    heads = _text_setting(model, "num_attention_heads", "n_head", "n_heads")
+    projection: Any = _output_projection(decoder_layers(model)[point.layer], point)
+    weight: Tensor = projection.weight
+    # GPT-2's Conv1D keeps its weight [in, out].
+    width = weight.shape[0] if type(projection).__name__ == "Conv1D" else weight.shape[1]
+    if not heads or width % heads:
+        raise HookPointError(
+            f"{point}: {width} columns can't be shared out among {heads} heads; use attn_out"
+        )
+    if point.head is None or point.head >= heads:
+        raise HookPointError(f"{point}: this model has {heads} heads, head.0 to head.{heads - 1}")
+    size = width // heads
+    return slice(point.head * size, (point.head + 1) * size)
+
+
+def point_width(model: nn.Module, point: HookPoint) -> int:
+    """Dimensions of the activation at a point: d_model, or d_head at a single head."""
+    if point.head is None:
+        return d_model(model)
+    site_module(model, point)
+    columns = head_columns(model, point)
+    return int(columns.stop - columns.start)
 
 
 def final_norm(model: nn.Module) -> nn.Module:
@@ -153,6 +189,19 @@ def _half(block: nn.Module, point: HookPoint) -> nn.Module:
     children = ", ".join(name for name, _ in block.named_children())
     raise HookPointError(
         f"{point}: {kind} has none of {', '.join(_HALVES[point.site])}; it has {children}"
+    )
+
+
+def _output_projection(block: nn.Module, point: HookPoint) -> nn.Module:
+    for path in ("self_attn", "attn.attention", "attn", "attention", "self_attention"):
+        attention = _descend(block, path)
+        for name in _MIXES_HEADS:
+            module = None if attention is None else getattr(attention, name, None)
+            if isinstance(getattr(module, "weight", None), Tensor):
+                return module
+    raise HookPointError(
+        f"{point}: no output projection was found in the attention of {type(block).__name__}: "
+        f"looked for {', '.join(_MIXES_HEADS)}; use attn_out"
     )
 
 

@@ -26,10 +26,32 @@ class SteeringWarning(UserWarning):
 
 @dataclass(frozen=True)
 class _Generation:
-    """What `generate` was called with: the width of its prompt, and its mask where there is one."""
+    """What `generate` was called with: its prompt's width and rows, its mask, how many beams."""
 
     prompt_length: int
     mask: Tensor | None
+    rows: int
+    beams: int
+
+
+class _Ids:
+    """The ids of a prompt's columns so far, a piece for each pass; None where they aren't known."""
+
+    def __init__(self) -> None:
+        self.pieces: list[Tensor] | None = []
+        self._width = 0
+
+    def add(self, ids: Tensor | None, past: int) -> None:
+        """A pass over these ids [batch, seq] (None: embeddings) after `past` columns."""
+        if past == 0:
+            self.pieces, self._width = [], 0
+        if ids is None or self.pieces is None or self._width < past:
+            self.pieces = None
+            return
+        if self._width > past:  # guesses of an assistant that were not taken
+            self.pieces, self._width = [torch.cat(self.pieces, 1)[:, :past]], past
+        self.pieces.append(ids)
+        self._width += ids.shape[1]
 
 
 class TokenClock:
@@ -38,13 +60,14 @@ class TokenClock:
     def __init__(
         self, model: nn.Module, special_ids: Collection[int], prompt_length: int | None
     ) -> None:
-        self._special = torch.tensor(sorted(special_ids), dtype=torch.long)
+        self._special = frozenset(special_ids)
         self._prompt_length = prompt_length
         self._generation: _Generation | None = None
         self._tokens: Tokens | None = None
         self._inside = False  # within a forward pass of the whole model
         self._seen = 0  # columns of the present prompt that some pass has covered
         self._rows = 0
+        self._ids = _Ids()
         self._warned = False
         self.forwards = 0
         self.prompts = 0
@@ -79,8 +102,8 @@ class TokenClock:
         if batch != self._rows or (past == 0 and not again):
             self.prompts += 1
             self._seen, self._rows = 0, batch
-        if self._special.device != source.device:
-            self._special = self._special.to(source.device)
+            self._ids = _Ids()
+        self._ids.add(ids, past)
         self._tokens = Tokens(
             shape=source.shape[:2],
             device=source.device,
@@ -94,6 +117,10 @@ class TokenClock:
             first_new=min(max(self._seen - past, 0), seq),
             mask=self._mask(call.get("attention_mask"), batch, past + seq),
             special_ids=self._special,
+            generating=self._generation is not None,
+            rows=self._generation.rows if self._generation else batch,
+            reordered=self._generation is not None and self._generation.beams > 1 and past > 0,
+            ids_so_far=self._ids.pieces,
         )
         self._seen = max(self._seen, past + seq)
         self.forwards += 1
@@ -124,11 +151,11 @@ class TokenClock:
     @contextmanager
     def _generating(self, generation: _Generation) -> Iterator[None]:
         before = self._generation
-        self._generation, self._seen, self._rows = generation, 0, 0
+        self._generation, self._seen, self._rows, self._ids = generation, 0, 0, _Ids()
         try:
             yield
         finally:
-            self._generation, self._seen, self._rows = before, 0, 0
+            self._generation, self._seen, self._rows, self._ids = before, 0, 0, _Ids()
 
 
 @contextmanager
@@ -224,19 +251,24 @@ def _read_generation(
     embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
     ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
     prompt = embeds if embeds is not None else ids
-    if prompt is None:
-        return _Generation(1, None)  # generate starts from the BOS token alone
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return _Generation(prompt.shape[1], mask)
     config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    pad = kwargs.get("pad_token_id", getattr(config, "pad_token_id", None))
-    eos = kwargs.get("eos_token_id", getattr(config, "eos_token_id", None))
+
+    def setting(name: str) -> Any:
+        return kwargs.get(name, getattr(config, name, None))
+
+    beams = setting("num_beams") or 1
+    if prompt is None:
+        return _Generation(1, None, 1, beams)  # generate starts from the BOS token alone
+    rows, width = prompt.shape[:2]
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return _Generation(width, mask, rows, beams)
+    pad, eos = setting("pad_token_id"), setting("eos_token_id")
     # As generate does it: without a mask, pad tokens are padding if they can't be EOS.
     if mask is None and embeds is None and isinstance(pad, int):
         ends = eos if isinstance(eos, list | tuple) else [eos]
         if pad not in ends and bool((prompt == pad).any()):
-            return _Generation(prompt.shape[1], (prompt != pad).long())
-    return _Generation(prompt.shape[1], None)
+            return _Generation(width, (prompt != pad).long(), rows, beams)
+    return _Generation(width, None, rows, beams)
 
 
 def _past_length(cache: Any) -> int:

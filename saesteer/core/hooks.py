@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saesteer.core.blocks import decoder_layers, site_module
+from saesteer.core.blocks import decoder_layers, head_columns, site_module
 from saesteer.core.clock import TokenClock, token_clock
 from saesteer.core.model import HookPoint, special_token_ids
 from saesteer.core.tokens import Tokens
@@ -162,6 +162,8 @@ def _attach(
 ) -> None:
     """Call `use` on the activation at `point`; what it returns, unless None, takes its place."""
     module, side = site_module(model, point)
+    if point.head is not None:
+        use = _of_columns(use, head_columns(model, point))
     if side == "input":
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -193,6 +195,20 @@ def _attach(
         stack.callback(module.register_forward_hook(after).remove)
     if point.site in HALVES:
         _check_halves(stack, model, point.layer)
+
+
+def _of_columns(
+    use: Callable[[Tensor], Tensor | None], columns: slice
+) -> Callable[[Tensor], Tensor | None]:
+    """`use` on some columns of a tensor; the others stay as they are."""
+
+    def use_part(x: Tensor) -> Tensor | None:
+        new = use(x[..., columns])
+        if new is None:
+            return None
+        return torch.cat([x[..., : columns.start], new, x[..., columns.stop :]], -1)
+
+    return use_part
 
 
 def _remember_shape(stack: ExitStack, block: nn.Module, shape: threading.local) -> None:

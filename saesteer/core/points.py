@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from saesteer.errors import HookPointError, did_you_mean
 
 SITES = ("resid_pre", "resid_post", "mlp_out", "attn_out")
+HEAD = "head."
 
-_OWN = re.compile(r"layers\.(\d+)\.(\w+)")
+_OWN = re.compile(r"layers\.(\d+)\.(\w+(?:\.\d+)?)")
+_HEAD = re.compile(r"head\.\d+")
+# In the order in which a block comes by them; heads come just before attn_out.
+_ORDER = ("resid_pre", HEAD, "attn_out", "mlp_out", "resid_post")
 _SAELENS = re.compile(r"blocks\.(\d+)\.hook_(\w+)")
 # A path of modules as `named_modules` writes it, ending at a block or at one of its two halves.
 _MODULE = re.compile(r"(?:[A-Za-z_]\w*\.)*?(?:layers|h|blocks|block)\.(\d+)(?:\.(\w+))?")
@@ -23,17 +27,18 @@ class HookPoint:
     """A place in a decoder: a 0-based block and a site in it.
 
     Sites: `resid_pre` and `resid_post` are the residual stream as it enters and leaves the block;
-    `attn_out` and `mlp_out` are what the block's two halves add to it (after any post-norm).
+    `attn_out` and `mlp_out` are what the block's two halves add to it (after any post-norm);
+    `head.5` is the 0-based attention head's own output [d_head], before the output projection.
     """
 
     layer: int
     site: str
 
     def __post_init__(self) -> None:
-        if self.site not in SITES:
+        if self.site not in SITES and not _HEAD.fullmatch(self.site):
             raise HookPointError(
                 f"no site {self.site!r}{did_you_mean(self.site, SITES)}: "
-                f"a hook point ends in one of {', '.join(SITES)}"
+                f"a hook point ends in one of {', '.join(SITES)}, head.<number>"
             )
         if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
             raise HookPointError(f"layer {self.layer!r} is not a whole number from 0 up")
@@ -48,15 +53,30 @@ class HookPoint:
                 hint = f" (did you mean {str(cls.from_saelens(text))!r}?)"
             raise HookPointError(
                 f"{text!r} is not a hook point{hint}: write layers.<layer>.<site>, "
-                f"for example layers.6.resid_post; the sites are {', '.join(SITES)}"
+                f"for example layers.6.resid_post; the sites are {', '.join(SITES)}, head.<number>"
             )
         return cls(int(match[1]), match[2])
+
+    @property
+    def head(self) -> int | None:
+        """The attention head's number, None for any other site."""
+        return int(self.site.removeprefix(HEAD)) if self.site.startswith(HEAD) else None
+
+    @property
+    def depth(self) -> tuple[int, int]:
+        """Grows in the order in which a forward pass comes by the points."""
+        return self.layer, _ORDER.index(HEAD if self.head is not None else self.site)
 
     def __str__(self) -> str:
         return f"layers.{self.layer}.{self.site}"
 
     def to_saelens(self) -> str:
-        """The name in SAELens and TransformerLens: `blocks.6.hook_resid_post`."""
+        """The name in SAELens and TransformerLens: `blocks.6.hook_resid_post`.
+
+        Raises HookPointError for a single head, which has no name there.
+        """
+        if self.head is not None:
+            raise HookPointError(f"{self}: SAELens has no name for a single head")
         return f"blocks.{self.layer}.hook_{self.site}"
 
     @classmethod

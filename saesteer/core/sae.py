@@ -174,11 +174,11 @@ class Sae:
         rows, latents, values = (torch.cat(column) for column in zip(*parts, strict=True))
         return Codes(rows, latents, values, z.shape[0])
 
-    def activation(self, x: Tensor, features: Sequence[int]) -> Tensor:
+    def activation(self, x: Tensor, features: Sequence[int] | Tensor) -> Tensor:
         """Activations [..., n] of the chosen features on x [..., d_in].
 
         Only the chosen encoder columns are computed; but TopK needs one x W_enc to know whether a
-        feature is among the k.
+        feature is among the k. features: numbers, or an int64 tensor [n] of them that exist.
 
         Raises:
             FeatureError: a feature that this SAE doesn't have.
@@ -221,7 +221,7 @@ class Sae:
             out = out * prepared.scale
         return out if prepared.shift is None else out + prepared.shift
 
-    def write(self, delta: Tensor, features: Sequence[int], x: Tensor) -> Tensor:
+    def write(self, delta: Tensor, features: Sequence[int] | Tensor, x: Tensor) -> Tensor:
         """What changing features by delta [..., n] adds to the stream, where the SAE read x.
 
         x + write(t - a) equals: put t in the place of a in the code, decode, add back the
@@ -284,7 +284,9 @@ class Sae:
             rows = rows / self._decoder_norms[index, None]
         return rows
 
-    def _features(self, features: Sequence[int]) -> Tensor:
+    def _features(self, features: Sequence[int] | Tensor) -> Tensor:
+        if isinstance(features, Tensor):  # made here before, in a step that runs for each token
+            return features
         for feature in features:
             if not 0 <= feature < self.d_sae:
                 raise FeatureError(

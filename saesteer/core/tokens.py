@@ -1,10 +1,21 @@
 """The tokens of one forward pass, as the clock tells them to an edit."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import chain
 
 import torch
 from torch import LongTensor, Tensor
+
+from saesteer.errors import SteeringError
+
+# So many ids are looked through in Python, which takes less time than one tensor operation.
+_FEW = 256
+
+
+@lru_cache(maxsize=64)
+def _tensor(ids: frozenset[int], device: torch.device) -> Tensor:
+    return torch.tensor(sorted(ids), dtype=torch.long, device=device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +44,47 @@ class Tokens:
     the whole sequence again at every step."""
     mask: Tensor | None
     """The attention mask from the very first column on [batch, past + seq]; None: no padding."""
-    special_ids: Tensor
-    """Ids that count as special [n]."""
+    special_ids: frozenset[int]
+    """Ids that count as special."""
+    generating: bool
+    """Whether the pass is one of `generate`'s."""
+    rows: int
+    """Rows that the caller gave; beams and return sequences make several of each."""
+    reordered: bool
+    """Whether rows may stand elsewhere than in the pass before: beam search with a cache."""
+    ids_so_far: list[Tensor] | None
+    """The ids of all columns up to this pass's last, or further, in pieces; None where they aren't
+    known."""
+
+    @cached_property
+    def source_rows(self) -> Tensor:
+        """The caller's row that each row of this pass continues: int64 [batch]."""
+        of_each = max(1, self.shape[0] // max(1, self.rows))
+        return torch.arange(self.shape[0], device=self.device) // of_each
+
+    @cached_property
+    def history(self) -> Tensor:
+        """Ids of the whole sequence so far: int64 [batch, past + seq].
+
+        Raises:
+            SteeringError: they can't be known: embeddings in place of ids, a cache that was filled
+                outside of the context, or beams, which change places.
+        """
+        if self.ids_so_far is None or self.reordered:
+            why = (
+                "beam search moves rows about; generate with use_cache=False"
+                if self.reordered
+                else "the model was called with inputs_embeds, or with a cache filled elsewhere"
+            )
+            raise SteeringError(f"the text before this pass isn't known: {why}")
+        return torch.cat(self.ids_so_far, 1)[:, : self.past_length + self.shape[1]]
+
+    @cached_property
+    def generated_columns(self) -> Tensor:
+        """How many columns after the first generated one each is, 0 in the prompt: int64 [seq]."""
+        if self.prompt_length is None:
+            return torch.zeros_like(self.columns)
+        return (self.columns - self.prompt_length).clamp(min=0)
 
     @cached_property
     def columns(self) -> Tensor:
@@ -59,9 +109,28 @@ class Tokens:
     @cached_property
     def is_special(self) -> Tensor:
         """Bool [batch, seq], by id; all False where the model was called with embeddings."""
-        if self.input_ids is None:
+        return self.special(self.input_ids)
+
+    def special(self, ids: Tensor | None) -> Tensor:
+        """Which of these ids [batch, any] are special, bool; none of embeddings."""
+        if ids is None:
             return torch.zeros(self.shape, dtype=torch.bool, device=self.device)
-        return (self.input_ids[..., None] == self.special_ids).any(-1)
+        return (ids[..., None] == _tensor(self.special_ids, ids.device)).any(-1)
+
+    @cached_property
+    def is_plain(self) -> Tensor | None:
+        """Bool [batch, seq]: neither padding nor special; None where every one is, as at most
+        steps of `generate`, where finding that out must cost next to nothing."""
+        # What `generate` wrote is never masked; rows that have ended get pad tokens, special ones.
+        written = self.generating and self.past_length >= (self.prompt_length or 0)
+        padded = self.mask is not None and not written
+        special = bool(self.special_ids) and self.input_ids is not None
+        if special and self.device.type == "cpu" and self.shape.numel() <= _FEW:
+            assert self.input_ids is not None
+            special = not self.special_ids.isdisjoint(chain(*self.input_ids.tolist()))
+        if not padded:
+            return ~self.is_special if special else None
+        return ~(self.is_padding | self.is_special) if special else ~self.is_padding
 
     @cached_property
     def is_generated(self) -> Tensor:

@@ -2,20 +2,27 @@
 
     Clamp(sae, feature, value)              hold an SAE feature at a value (raw activation units)
     Add(vector, strength, point)            add a direction
+    Project(vector, point, to=0)            set the projection on a direction; 0 projects it out
+    Affine(matrix, shift, point)            matrix · x + shift
+    Rotate(first, second, angle, point)     turn in the plane of two directions
 
-Values are raw: a strength written "8x" (times max_act) is resolved before it gets here.
+All of them take `where`, `when`, `schedule` and `keep_norm` (see `Scope`). Values are raw: a
+strength written "8x" (times max_act) is resolved before it gets here.
 """
 
 import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from saesteer.core.model import HookPoint
 from saesteer.core.sae import Sae
 from saesteer.errors import FeatureError, SteeringError, did_you_mean
+from saesteer.steering.conditions import When
 from saesteer.steering.positions import Positions
+from saesteer.steering.schedules import Schedule
 
 # Squares of larger numbers overflow float32, in which edits and norms are computed.
 LARGEST = 1e15
@@ -23,8 +30,22 @@ LARGEST = 1e15
 How = Literal["set", "min", "max", "scale"]
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Scope:
+    """What every edit has.
+
+    where: on which tokens. when: only where a condition holds. schedule: a factor on the change,
+    over the generated tokens. keep_norm: the edited activation is given the norm that it had.
+    """
+
+    where: Positions = field(default_factory=Positions)
+    when: When | None = None
+    schedule: Schedule | None = None
+    keep_norm: bool = False
+
+
 @dataclass(frozen=True, eq=False)
-class Clamp:
+class Clamp(Scope):
     """Hold one SAE feature at a value.
 
     With a the feature's activation on a token, the code gets t in its place:
@@ -32,9 +53,8 @@ class Clamp:
     scale t = value · a. `set 0` is ablation.
 
     sae, feature: which feature. point: where, by default where the SAE was trained; a HookPoint
-    or its name. where: on which tokens. Raises SteeringError for a value that is not a finite
-    number, an unknown `how` or a transcoder, and FeatureError for a feature that the SAE doesn't
-    have.
+    or its name. Raises SteeringError for a value that is not a finite number, an unknown `how` or
+    a transcoder, and FeatureError for a feature that the SAE doesn't have.
     """
 
     sae: Sae
@@ -42,7 +62,6 @@ class Clamp:
     value: float
     how: How = "set"
     point: HookPoint | str | None = None
-    where: Positions = field(default_factory=Positions)
 
     def __post_init__(self) -> None:
         if self.how not in get_args(How):
@@ -72,25 +91,20 @@ class Clamp:
 
 
 @dataclass(frozen=True, eq=False)
-class Add:
+class Add(Scope):
     """Add strength · vector to the activation.
 
-    vector: [d_model], any floating dtype and device; gradients flow to it. strength: a factor
-    (the vector is taken as it is, not normalised). point: a HookPoint or its name. where: on
-    which tokens. Raises SteeringError where a number isn't finite or the vector isn't flat.
+    vector: [d_model] ([d_head] at a single head), any floating dtype and device; gradients flow to
+    it. strength: a factor (the vector is taken as it is, not normalised). point: a HookPoint or
+    its name. Raises SteeringError where a number isn't finite or the vector isn't flat.
     """
 
     vector: Tensor
     strength: float
     point: HookPoint | str
-    where: Positions = field(default_factory=Positions)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.vector, Tensor) or self.vector.dim() != 1:
-            shape = tuple(getattr(self.vector, "shape", ())) or type(self.vector).__name__
-            raise SteeringError(f"a vector to add must be a tensor of shape [d_model], not {shape}")
-        if not bool(self.vector.isfinite().all()):
-            raise SteeringError("the vector to add holds NaN or infinite numbers")
+        _flat(self.vector, "a vector to add")
         object.__setattr__(self, "strength", _finite(self.strength, "strength"))
         object.__setattr__(self, "point", _point(self.point))
 
@@ -98,7 +112,99 @@ class Add:
         return f"add {self.strength:g} × vector at {self.point}"
 
 
-Edit = Clamp | Add
+@dataclass(frozen=True, eq=False)
+class Project(Scope):
+    """Set the projection on a direction: x + (to − x·r̂) r̂, with r̂ = vector / ‖vector‖.
+
+    vector: [d]. to: in the activation's own units; 0 projects the direction out, the mean of a
+    class's x·r̂ puts every token where that class is (Arditi et al. 2024, arXiv 2406.11717).
+    Raises SteeringError where a number isn't finite or the vector is zero.
+    """
+
+    vector: Tensor
+    point: HookPoint | str
+    to: float = 0.0
+
+    def __post_init__(self) -> None:
+        _flat(self.vector, "a vector to project on", nonzero=True)
+        object.__setattr__(self, "to", _finite(self.to, "projection"))
+        object.__setattr__(self, "point", _point(self.point))
+
+    def __str__(self) -> str:
+        return f"projection to {self.to:g} at {self.point}"
+
+
+@dataclass(frozen=True, eq=False)
+class Affine(Scope):
+    """matrix · x + shift, of an eraser or a transport map.
+
+    matrix: [d, d]; shift: [d]. Raises SteeringError where shapes don't agree or a number isn't
+    finite.
+    """
+
+    matrix: Tensor
+    shift: Tensor
+    point: HookPoint | str
+
+    def __post_init__(self) -> None:
+        _flat(self.shift, "a shift")
+        if self.matrix.shape != (len(self.shift), len(self.shift)):
+            raise SteeringError(
+                f"a matrix of shape {list(self.matrix.shape)} beside a shift of {len(self.shift)}: "
+                "expected [d, d] and [d]"
+            )
+        if not bool(self.matrix.isfinite().all()):
+            raise SteeringError("the matrix holds NaN or infinite numbers")
+        object.__setattr__(self, "point", _point(self.point))
+
+    def __str__(self) -> str:
+        return f"affine map at {self.point}"
+
+
+@dataclass(frozen=True, eq=False)
+class Rotate(Scope):
+    """Turn the part of x that lies in a plane; the norm stays.
+
+    first, second: [d], not parallel; they span the plane, and an angle counts from first towards
+    second (as far as it is orthogonal to first). angle: in radians. how: "by" turns by the angle,
+    "to" gives the part in the plane that angle. Raises SteeringError for what is none of this.
+    """
+
+    first: Tensor
+    second: Tensor
+    angle: float
+    point: HookPoint | str
+    how: Literal["by", "to"] = "by"
+
+    def __post_init__(self) -> None:
+        _flat(self.first, "a plane's first vector", nonzero=True)
+        _flat(self.second, "a plane's second vector", nonzero=True)
+        if len(self.first) != len(self.second):
+            raise SteeringError(
+                f"a plane's vectors have {len(self.first)} and {len(self.second)} dimensions"
+            )
+        cosine = torch.cosine_similarity(self.first.double(), self.second.double(), dim=0)
+        if abs(float(cosine)) > 1 - 1e-6:
+            raise SteeringError("a plane's two vectors are parallel: give two directions")
+        if self.how not in ("by", "to"):
+            raise SteeringError(f"how={self.how!r}: a rotation turns 'by' an angle or 'to' one")
+        object.__setattr__(self, "angle", _finite(self.angle, "angle"))
+        object.__setattr__(self, "point", _point(self.point))
+
+    def __str__(self) -> str:
+        return f"rotate {self.how} {self.angle:g} rad at {self.point}"
+
+
+Edit = Clamp | Add | Project | Affine | Rotate
+
+
+def width(edit: Edit) -> int:
+    """Dimensions of the activation that an edit is made for."""
+    if isinstance(edit, Clamp):
+        return edit.sae.d_in
+    if isinstance(edit, Affine):
+        return len(edit.shift)
+    return len(edit.first if isinstance(edit, Rotate) else edit.vector)
 
 
 def place(edit: Edit) -> HookPoint:
@@ -110,6 +216,16 @@ def _point(point: HookPoint | str | None) -> HookPoint:
     if isinstance(point, HookPoint):
         return point
     return HookPoint.parse(str(point))
+
+
+def _flat(vector: Tensor, what: str, *, nonzero: bool = False) -> None:
+    if not isinstance(vector, Tensor) or vector.dim() != 1:
+        shape = tuple(getattr(vector, "shape", ())) or type(vector).__name__
+        raise SteeringError(f"{what} must be a tensor of shape [d_model], not {shape}")
+    if not bool(vector.isfinite().all()):
+        raise SteeringError(f"{what} holds NaN or infinite numbers")
+    if nonzero and not bool(vector.any()):
+        raise SteeringError(f"{what} is zero, and so no direction")
 
 
 def _finite(value: float, what: str) -> float:

@@ -7,21 +7,24 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from saesteer.core.blocks import point_width
 from saesteer.core.clock import SteeringWarning
 from saesteer.core.hooks import edit as edit_activations
-from saesteer.core.model import HookPoint, d_model, decoder_layers, site_module, special_token_ids
+from saesteer.core.model import decoder_layers, site_module, special_token_ids
 from saesteer.core.tokens import Tokens
 from saesteer.errors import NothingSteeredError, SteeringError
-from saesteer.steering.edits import Add, Clamp, Edit, place
+from saesteer.steering.conditions import Gate, When
+from saesteer.steering.edits import Clamp, Edit, Scope, place, width
 from saesteer.steering.positions import Positions
 from saesteer.steering.program import compile_point
 from saesteer.steering.receipt import Receipt, Record
+from saesteer.steering.steps import Placed, Shared
 
 
 @contextmanager
 def steer(
     model: nn.Module,
-    edits: Edit | Sequence[Edit],
+    edits: Edit | Sequence[Edit] | Sequence[Sequence[Edit]],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     prompt_length: int | None = None,
@@ -34,6 +37,8 @@ def steer(
 
     edits: applied in the order written at each hook point; clamps of one SAE beside one another
     all read the same unedited activation, and two clamps of one feature act one after the other.
+    A list of lists gives each row of the batch its own edits, an empty list none; beams and return
+    sequences go with the row they came from.
     tokenizer: its special tokens are left alone too, beside those the model's configuration names.
     prompt_length: columns from this one on count as generated in bare forward passes. Otherwise a
     bare forward pass is all prompt; `generate` tells the two apart by itself.
@@ -43,73 +48,118 @@ def steer(
     is what it was.
 
     Each `generate`, and each bare forward pass that begins with an empty cache, is one prompt, and
-    in every row of every prompt each edit must find at least one token.
+    in every row of every prompt each edit must be for at least one token.
 
     Raises:
-        SteeringError: no edits, or one that doesn't fit the model.
+        SteeringError: no edits, or one that doesn't fit the model; within the context, a batch of
+            other than as many rows as there are lists.
         HookPointError: a hook point that the model doesn't have.
         NothingSteeredError: at the end of a body that raised nothing, where no forward pass ran or
-            some edit found no token in some row.
+            some edit was for no token in some row.
     """
-    chosen = [edits] if isinstance(edits, Clamp | Add) else list(edits)
-    _check(model, chosen)
-    records = [Record(str(edit)) for edit in chosen]
-    masks = _Masks()
-    by_point: dict[HookPoint, list[tuple[Edit, Record]]] = {}
-    for edit, record in zip(chosen, records, strict=True):
-        by_point.setdefault(place(edit), []).append((edit, record))
+    placed, n_rows = _placed(edits)
+    _check(model, [one.edit for one in placed])
+    device = next(decoder_layers(model).parameters()).device
+    conditions = {id(when): when for one in placed if (when := one.edit.when) is not None}
+    gates = {key: Gate(when, device) for key, when in conditions.items()}
+    shared = Shared(_Masks(tokenizer, n_rows), gates, n_rows, device)
     changes = {}
-    for point, here in by_point.items():
-        device = next(decoder_layers(model)[point.layer].parameters()).device
-        changes[point] = compile_point(here, masks, device)
+    points = [*(place(one.edit) for one in placed), *(when.point for when in conditions.values())]
+    for point in dict.fromkeys(points):
+        changes[point] = compile_point(
+            [one for one in placed if place(one.edit) == point],
+            [gate for gate in gates.values() if gate.when.point == point],
+            shared,
+        )
+    records = [one.record for one in placed]
     special = special_token_ids(model, tokenizer)
     with edit_activations(
         model, changes, special_ids=special, prompt_length=prompt_length
     ) as clock:
         yield Receipt(records, lambda: (clock.forwards, clock.prompts))
-    _judge(chosen, records, clock.forwards)
+    _judge(placed, clock.forwards)
+
+
+def _placed(
+    edits: Edit | Sequence[Edit] | Sequence[Sequence[Edit]],
+) -> tuple[list[Placed], int]:
+    """Edits with their records and rows, and how many rows have lists of their own (0: none)."""
+    if isinstance(edits, Scope):
+        edits = [edits]
+    if not any(isinstance(each, list | tuple) for each in edits):
+        return [Placed(each, Record(str(each))) for each in edits], 0
+    placed = []
+    for row, each in enumerate(edits):
+        if not isinstance(each, list | tuple):
+            raise SteeringError("edits and lists of edits are mixed: give every row a list")
+        placed += [Placed(one, Record(f"row {row}: {one}", row), row) for one in each]
+    return placed, len(edits)
 
 
 class _Masks:
     """The chosen tokens of the present pass, worked out once for all edits that agree on where."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, n_rows: int) -> None:
+        self._tokenizer, self._n_rows = tokenizer, n_rows
         self._tokens: Tokens | None = None
-        self._known: dict[Positions, Tensor] = {}
+        self._known: dict[Positions, Tensor | None] = {}
 
-    def __call__(self, tokens: Tokens, where: Positions) -> Tensor:
+    def __call__(self, tokens: Tokens, where: Positions) -> Tensor | None:
         if tokens is not self._tokens:
+            if self._n_rows and tokens.rows != self._n_rows:
+                raise SteeringError(
+                    f"{self._n_rows} lists of edits for a batch of {tokens.rows} rows: give each "
+                    "row one, an empty list for none"
+                )
             self._tokens, self._known = tokens, {}
         if where not in self._known:
-            self._known[where] = where.mask(tokens)
+            self._known[where] = where.mask(tokens, self._tokenizer)
         return self._known[where]
 
 
 def _check(model: nn.Module, edits: Sequence[Edit]) -> None:
     """Refuse, before anything is hooked, edits that can't be made to this model."""
     if not edits:
-        raise SteeringError("no edits given: name at least one Clamp or Add")
-    width = d_model(model)
+        raise SteeringError("no edits given: name at least one Clamp, Add, Project, …")
     for edit in edits:
-        if not isinstance(edit, Clamp | Add):
+        if not isinstance(edit, Scope):
             raise SteeringError(
-                f"{type(edit).__name__} is not an edit: use saesteer.Clamp or saesteer.Add"
+                f"{type(edit).__name__} is not an edit: use saesteer.Clamp, saesteer.Add, …"
             )
-        site_module(model, place(edit))
-        if isinstance(edit, Add) and len(edit.vector) != width:
-            raise SteeringError(
-                f"{edit}: the vector has {len(edit.vector)} dimensions and the model {width}; "
-                "was it made for another model?"
-            )
-        if isinstance(edit, Clamp) and (edit.sae.d_in, edit.sae.d_out) != (width, width):
+        point = place(edit)
+        site_module(model, point)
+        size = point_width(model, point)
+        if isinstance(edit, Clamp) and (edit.sae.d_in, edit.sae.d_out) != (size, size):
             raise SteeringError(
                 f"{edit}: the SAE reads {edit.sae.d_in} dimensions and writes {edit.sae.d_out}, "
-                f"and the model has {width}; was it trained on another model?"
+                f"and the model has {size} there; was it trained on another model?"
             )
+        if width(edit) != size:
+            raise SteeringError(
+                f"{edit}: it is made for {width(edit)} dimensions and the model has {size} there; "
+                "was it made for another model?"
+            )
+        if edit.when is not None:
+            _check_condition(model, edit, edit.when)
 
 
-def _judge(edits: Sequence[Edit], records: Sequence[Record], forwards: int) -> None:
-    """After a clean end: an edit that found no token is an error, one that never bound a warning.
+def _check_condition(model: nn.Module, edit: Edit, when: When) -> None:
+    site_module(model, when.point)
+    if when.point.depth > place(edit).depth:
+        raise SteeringError(
+            f"{edit}: its condition reads {when.point}, which comes later; read it at "
+            f"{place(edit)} or before"
+        )
+    size = point_width(model, when.point)
+    if when.reads.width != size:
+        raise SteeringError(
+            f"{edit}: its condition is made for {when.reads.width} dimensions and the model has "
+            f"{size} at {when.point}"
+        )
+
+
+def _judge(placed: Sequence[Placed], forwards: int) -> None:
+    """After a clean end: an edit for no token is an error, one that did nothing a warning.
 
     Raises NothingSteeredError.
     """
@@ -118,24 +168,26 @@ def _judge(edits: Sequence[Edit], records: Sequence[Record], forwards: int) -> N
             "nothing was steered: no forward pass of the model ran inside the context; call the "
             "model, or its generate, within it"
         )
-    for edit, record in zip(edits, records, strict=True):
-        if not record.reached:
+    for one in placed:
+        if not one.record.reached:
             raise NothingSteeredError(
-                f"{edit} touched nothing: every forward pass stopped before it came there"
+                f"{one.edit} touched nothing: every forward pass stopped before it came there"
             )
-        untouched = record.rows_untouched()
+        untouched = one.record.rows_untouched()
         if untouched:
             prompt, row = untouched[0]
             more = f" (and {len(untouched) - 1} more)" if len(untouched) > 1 else ""
             raise NothingSteeredError(
-                f"{edit} touched no token in row {row} of prompt {prompt}{more}: it applies to "
-                f"{edit.where}; give that row such a token, or choose other positions"
+                f"{one.edit} touched no token in row {row} of prompt {prompt}{more}: it applies to "
+                f"{one.edit.where}; give that row such a token, or choose other positions"
             )
-    for edit, record in zip(edits, records, strict=True):
-        bounded = isinstance(edit, Clamp) and edit.how in ("min", "max")
-        if bounded and record.summary().n_changed == 0:
-            warnings.warn(
-                f"{edit} never bound: the activation stayed on its side of the value everywhere",
-                SteeringWarning,
-                stacklevel=4,
-            )
+    for one in placed:
+        summary = one.record.summary()
+        bounded = isinstance(one.edit, Clamp) and one.edit.how in ("min", "max")
+        if one.edit.when is not None and summary.n_edited == 0:
+            told = f"{one.edit} never applied: its condition ({one.edit.when}) held nowhere"
+        elif bounded and summary.n_changed == 0:
+            told = f"{one.edit} never bound: the activation stayed on its side of the value"
+        else:
+            continue
+        warnings.warn(f"{told} on all {summary.n_eligible} tokens", SteeringWarning, stacklevel=4)

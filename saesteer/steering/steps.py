@@ -1,0 +1,339 @@
+"""Edits at work: each step maps the activation x [batch, seq, d] of a pass to the edited one.
+
+What can be worked out once is, before the model starts. Where nothing is to change, x comes back
+to the bit.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from saesteer.core.sae import Sae
+from saesteer.core.tokens import Tokens
+from saesteer.steering.conditions import Gate
+from saesteer.steering.edits import Add, Affine, Clamp, Edit, Project, Rotate, Scope
+from saesteer.steering.positions import Positions
+from saesteer.steering.receipt import Pass, Record
+
+Masks = Callable[[Tokens, Positions], Tensor | None]
+Step = Callable[[Tensor, Tokens], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """An edit, the record of what it does, and the one row of the batch it is for (None: all)."""
+
+    edit: Edit
+    record: Record
+    row: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """What the steps of one context share.
+
+    masks: the chosen tokens of a pass, for a `Positions`. gates: conditions at work, by their id.
+    rows: how many rows have edit lists of their own; 0 where all rows have the same.
+    """
+
+    masks: Masks
+    gates: Mapping[int, Gate]
+    rows: int
+    device: torch.device
+
+
+class _Chosen:
+    """Where edits of one scope act in a pass, their rows apart."""
+
+    def __init__(self, scope: Scope, shared: Shared) -> None:
+        self.where, self.schedule, self.keep_norm = scope.where, scope.schedule, scope.keep_norm
+        self._masks = shared.masks
+        self._gate = None if scope.when is None else shared.gates[id(scope.when)]
+
+    def masks(self, tokens: Tokens) -> tuple[Tensor | None, Tensor | None]:
+        """The tokens that it is for, and those of them on which its condition holds and its
+        schedule isn't 0: bool [batch, seq]; None: all of them."""
+        eligible = mask = self._masks(tokens, self.where)
+        if self._gate is not None:
+            holds = self._gate.holds(tokens)
+            mask = holds if mask is None else mask & holds
+        if self.schedule is not None:
+            on = (self.schedule.factor(tokens) != 0).expand(tokens.shape)
+            mask = on if mask is None else mask & on
+        return eligible, mask
+
+    def factor(self, tokens: Tokens) -> Tensor | None:
+        """What the change is multiplied by: [seq, 1], float32; None: 1."""
+        return None if self.schedule is None else self.schedule.factor(tokens)[:, None]
+
+    def finished(self, x: Tensor, change: Tensor) -> Tensor:
+        """x + change, in x's dtype, with x's norm where that is to be kept."""
+        if not self.keep_norm:
+            return x + change.to(x.dtype)
+        wide = x.float()
+        new = wide + change.float()
+        norms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        size = torch.linalg.vector_norm(new, dim=-1, keepdim=True)
+        # What an edit turned into nothing has no direction to keep a norm in.
+        return (new * (norms / size.clamp_min(1e-30)).where(size > 0, 1)).to(x.dtype)
+
+
+def alike(first: Scope, second: Scope) -> bool:
+    """Whether two edits act in the same places, at the same times and as strongly."""
+    return (
+        first.where == second.where
+        and first.when is second.when
+        and first.schedule == second.schedule
+        and first.keep_norm == second.keep_norm
+    )
+
+
+class AddStep:
+    """x + strength · vector where chosen; the edits are alike but for their rows."""
+
+    def __init__(self, placed: Sequence[Placed], shared: Shared) -> None:
+        self._chosen = _Chosen(placed[0].edit, shared)
+        self._records = [one.record for one in placed]
+        changes = []
+        for one in placed:
+            assert isinstance(one.edit, Add)
+            vector = one.edit.vector.to(shared.device, torch.float32)
+            changes.append(vector * one.edit.strength)
+        if placed[0].row is None:
+            self._has: Tensor | None = None
+            self._exact = changes[0]  # [d]
+            self._sizes = [self._exact.detach().norm()]
+        else:
+            rows = torch.tensor([one.row for one in placed], device=shared.device)
+            self._has = torch.zeros(shared.rows, dtype=torch.bool, device=shared.device)
+            self._has[rows] = True
+            none = changes[0].new_zeros(shared.rows, len(changes[0]))
+            self._exact = none.index_copy(0, rows, torch.stack(changes))  # [rows, d]
+            self._sizes = [change.detach().norm() for change in changes]
+        self._change = self._exact  # the same, rounded to the activations' dtype
+        # Adding zero isn't always nothing to the bit: -0 + 0 is +0.
+        zero = [isinstance(one.edit, Add) and one.edit.strength == 0 for one in placed]
+        if self._has is not None:
+            for one, nothing in zip(placed, zero, strict=True):
+                self._has[one.row] = not nothing
+        self._nothing = all(zero)
+
+    def __call__(self, x: Tensor, tokens: Tokens) -> Tensor:
+        if self._change.dtype != x.dtype or self._change.device != x.device:
+            self._change = self._exact.to(x)
+            self._sizes = [size.to(x.device) for size in self._sizes]
+            self._has = None if self._has is None else self._has.to(x.device)
+        eligible, mask = self._chosen.masks(tokens)
+        for record, size in zip(self._records, self._sizes, strict=True):
+            record.note(Pass(tokens, eligible, mask, x, size))
+        if self._nothing:
+            return x
+        change = self._change
+        factor = self._chosen.factor(tokens)
+        if factor is not None or self._chosen.keep_norm:
+            change = self._exact.to(x.device)
+        if self._has is not None:
+            rows = tokens.source_rows
+            change = change[rows][:, None]
+            here = self._has[rows][:, None].expand(tokens.shape)
+            mask = here if mask is None else mask & here
+        if factor is not None:
+            change = change * factor
+        new = self._chosen.finished(x, change)
+        return new if mask is None else torch.where(mask[..., None], new, x)
+
+
+class ClampStep:
+    """x + D(Σ (t_i − a_i(x)) W_dec[i]) where chosen: DESIGN.md, law 1.
+
+    Clamps of one SAE that follow one another; all read their activations from the same unedited x.
+    """
+
+    def __init__(self, placed: Sequence[Placed], shared: Shared) -> None:
+        clamps = [(one, one.edit) for one in placed if isinstance(one.edit, Clamp)]
+        sae: Sae = clamps[0][1].sae
+        features = list(dict.fromkeys(clamp.feature for _, clamp in clamps))
+        names = features
+        if sae.architecture != "topk":
+            # Only the chosen columns are ever needed, and only they are moved.
+            sae, names = sae.narrowed(features), list(range(len(features)))
+        self._sae = sae.to(shared.device, torch.float32)
+        self._names = torch.tensor(names, device=shared.device)
+        self._keep_norm = clamps[0][1].keep_norm
+        column = {feature: i for i, feature in enumerate(features)}
+        self._rounds = [_Round(some, column, shared) for some in _distinct(clamps)]
+
+    def __call__(self, x: Tensor, tokens: Tokens) -> Tensor:
+        if self._sae.W_dec.device != x.device:
+            self._sae, self._names = self._sae.to(x.device), self._names.to(x.device)
+        wide = x.float()
+        before = self._sae.activation(wide, self._names)  # [batch, seq, n]
+        after, noted = before, []
+        for clamps in self._rounds:
+            masks = clamps.chosen.masks(tokens)
+            was, after = after, clamps.put(after, masks[1], tokens)
+            noted.append((clamps, masks, was.detach(), after.detach()))
+        difference = after - before
+        change = self._sae.write(difference, self._names, wide)
+        for clamps, masks, was, now in noted:
+            for record, i in zip(clamps.records, clamps.columns, strict=True):
+                record.note(Pass(tokens, *masks, x, change, was, now, i))
+        # Where nothing is to change, x itself, to the bit.
+        touched = (difference != 0).any(-1, keepdim=True)
+        return torch.where(touched, self._rounds[0].chosen.finished(x, change), x)
+
+
+class _Round:
+    """Clamps of distinct features in each row that agree on how, where and when: they act at once.
+
+    It holds a value for each row that has its own edits, or one row of values for all.
+    """
+
+    def __init__(
+        self, clamps: Sequence[tuple[Placed, Clamp]], column: Mapping[int, int], shared: Shared
+    ) -> None:
+        first, self._how = clamps[0][1], clamps[0][1].how
+        self.chosen = _Chosen(first, shared)
+        self.records = [one.record for one, _ in clamps]
+        self.columns = [column[clamp.feature] for _, clamp in clamps]
+        used = list(dict.fromkeys(self.columns))
+        values = torch.zeros(max(1, shared.rows), len(used))
+        has = torch.zeros(values.shape, dtype=torch.bool)
+        for (one, clamp), at in zip(clamps, self.columns, strict=True):
+            values[one.row or 0, used.index(at)] = clamp.value
+            has[one.row or 0, used.index(at)] = True
+        self._values = values.to(shared.device)
+        self._has = None if shared.rows == 0 else has.to(shared.device)
+        self._index = torch.tensor(used, device=shared.device)
+        self._all = used == list(range(len(column)))
+
+    def put(self, activations: Tensor, mask: Tensor | None, tokens: Tokens) -> Tensor:
+        """Activations [batch, seq, n] with this round's targets in place where chosen."""
+        if self._values.device != activations.device:
+            self._values = self._values.to(activations.device)
+            self._index = self._index.to(activations.device)
+            self._has = None if self._has is None else self._has.to(activations.device)
+        was = activations if self._all else activations[..., self._index]
+        values, here = self._values, None if mask is None else mask[..., None]
+        if self._has is not None:
+            rows = tokens.source_rows
+            values, has = values[rows][:, None], self._has[rows][:, None]
+            here = has if here is None else here & has
+        now = self._target(was, values)
+        factor = self.chosen.factor(tokens)
+        if factor is not None:
+            now = was + factor * (now - was)
+        now = now.expand(was.shape) if here is None else torch.where(here, now, was)
+        return now if self._all else activations.index_copy(-1, self._index, now)
+
+    def _target(self, activations: Tensor, values: Tensor) -> Tensor:
+        if self._how == "set":
+            return values
+        if self._how == "min":
+            return torch.maximum(activations, values)
+        if self._how == "max":
+            return torch.minimum(activations, values)
+        return activations * values
+
+
+def _distinct(clamps: Sequence[tuple[Placed, Clamp]]) -> list[list[tuple[Placed, Clamp]]]:
+    """Rounds of clamps, each row's in its own order.
+
+    A row's neighbouring clamps of one kind, place and time are a round, cut before one of its
+    features comes a second time; rows join the rounds of the rows before them where they fit.
+    """
+    by_row: dict[int | None, list[list[tuple[Placed, Clamp]]]] = {}
+    for row, some in groupby(clamps, key=lambda pair: pair[0].row):
+        rounds = by_row.setdefault(row, [])
+        for pair in some:
+            latest = rounds[-1] if rounds else []
+            if (
+                not latest
+                or not _at_once(latest[0][1], pair[1])
+                or any(pair[1].feature == other.feature for _, other in latest)
+            ):
+                rounds.append([])
+            rounds[-1].append(pair)
+    joined: list[list[tuple[Placed, Clamp]]] = []
+    for rounds in by_row.values():
+        at = 0
+        for some in rounds:
+            while at < len(joined) and not _at_once(joined[at][0][1], some[0][1]):
+                at += 1
+            if at == len(joined):
+                joined.append([])
+            joined[at] += some
+            at += 1
+    return joined
+
+
+def _at_once(first: Clamp, second: Clamp) -> bool:
+    return first.how == second.how and alike(first, second)
+
+
+class MapStep:
+    """A projection, an affine map or a rotation where chosen; computed in float32."""
+
+    def __init__(self, placed: Placed, shared: Shared) -> None:
+        self._placed, self._chosen = placed, _Chosen(placed.edit, shared)
+        edit, device = placed.edit, shared.device
+        self._read: Tensor | None = None
+        if isinstance(edit, Project):
+            self._read = _unit(edit.vector.to(device, torch.float32))
+            self._tensors = [self._read]
+        elif isinstance(edit, Affine):
+            self._tensors = [t.to(device, torch.float32) for t in (edit.matrix, edit.shift)]
+        else:
+            assert isinstance(edit, Rotate)
+            first = _unit(edit.first.to(device, torch.float32))
+            second = edit.second.to(device, torch.float32)
+            self._tensors = [first, _unit(second - (second @ first) * first)]
+
+    def __call__(self, x: Tensor, tokens: Tokens) -> Tensor:
+        if self._tensors[0].device != x.device:
+            self._tensors = [tensor.to(x.device) for tensor in self._tensors]
+        wide = x.float()
+        change = self._change(wide)
+        factor = self._chosen.factor(tokens)
+        if factor is not None:
+            change = change * factor
+        eligible, mask = self._chosen.masks(tokens)
+        noted = mask
+        if self._placed.row is not None:
+            here = (tokens.source_rows == self._placed.row)[:, None].expand(tokens.shape)
+            mask = here if mask is None else mask & here
+        new = self._chosen.finished(x, change)
+        before = after = None
+        if self._read is not None:
+            read = self._tensors[0].detach()
+            before, after = (x.detach().float() @ read)[..., None], (new.detach().float() @ read)
+            after = after[..., None]
+        self._placed.record.note(Pass(tokens, eligible, noted, x, change, before, after))
+        return new if mask is None else torch.where(mask[..., None], new, x)
+
+    def _change(self, x: Tensor) -> Tensor:
+        edit = self._placed.edit
+        if isinstance(edit, Project):
+            (unit,) = self._tensors
+            return (edit.to - x @ unit)[..., None] * unit
+        if isinstance(edit, Affine):
+            matrix, shift = self._tensors
+            return x @ matrix.T + shift - x
+        assert isinstance(edit, Rotate)
+        first, second = self._tensors
+        along, across = x @ first, x @ second
+        cosine, sine = math.cos(edit.angle), math.sin(edit.angle)
+        if edit.how == "by":
+            turned = along * cosine - across * sine, along * sine + across * cosine
+        else:
+            length = torch.hypot(along, across)
+            turned = length * cosine, length * sine
+        return (turned[0] - along)[..., None] * first + (turned[1] - across)[..., None] * second
+
+
+def _unit(vector: Tensor) -> Tensor:
+    return vector / vector.norm()
