@@ -18,7 +18,6 @@ from saesteer.steering.edits import Add, Clamp, Edit
 from saesteer.steering.engine import steer
 from saesteer.steering.positions import Positions
 from saesteer.steering.program import compile_point
-from saesteer.steering.receipt import Record
 from saesteer.steering.steps import Placed, Shared
 from tests.test_hooks import BoomError, unchanged
 from tests.tiny import BOS, EOS, PAD, UNK, WIDTH, random_ids, tiny_model, tiny_sae, tiny_tokenizer
@@ -374,7 +373,7 @@ def test_no_ops_keep_even_the_sign_of_zero(edit: Edit) -> None:
     x = torch.stack([vector(i) for i in range(3)])[None]
     x[..., ::2] = -0.0
     shared = Shared(lambda t, where: where.mask(t), {}, 0, tokens.device)
-    run = compile_point([Placed(edit, Record("it"))], [], shared)
+    run = compile_point([Placed(edit)], [], shared)
     assert torch.equal(run(x, tokens).view(torch.int32), x.view(torch.int32))
 
 

@@ -34,7 +34,10 @@ clamps = st.builds(
 )
 adds = st.builds(
     lambda point, seed, strength, where: Add(
-        torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed)), strength, point, where=where
+        torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed)),
+        strength,
+        point,
+        where=where,
     ),
     points,
     st.integers(0, 9),

@@ -1,4 +1,4 @@
-"""Every edit, place, time and row against `tests.slow`, however the engine is made to compute it."""
+"""Every edit, place, time and row against `tests.slow`, however the engine computes it."""
 
 from functools import cache
 from typing import Any

@@ -241,9 +241,10 @@ def _check_halves(stack: ExitStack, model: nn.Module, layer: int) -> None:
             return
         done.append(True)
         after = _first(output).detach()
-        parts = [seen.pop(key).detach().float().view(after.shape) for key in sorted(seen)]
-        sizes = sum((part.abs() for part in parts), after.float().abs())
-        wrong = (sum(parts, -after.float())).abs() > 8 * torch.finfo(after.dtype).eps * sizes
+        wide = torch.promote_types(after.dtype, torch.float32)
+        parts = [seen.pop(key).detach().to(wide).view(after.shape) for key in sorted(seen)]
+        sizes = sum((part.abs() for part in parts), after.to(wide).abs())
+        wrong = (sum(parts, -after.to(wide))).abs() > 8 * torch.finfo(after.dtype).eps * sizes
         if bool(wrong.any()):
             raise HookPointError(
                 f"attn_out and mlp_out of layers.{layer} are not supported: what the halves of "

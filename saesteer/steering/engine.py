@@ -17,8 +17,8 @@ from saesteer.steering.conditions import Gate, When
 from saesteer.steering.edits import Clamp, Edit, Scope, place, width
 from saesteer.steering.positions import Positions
 from saesteer.steering.program import compile_point
-from saesteer.steering.receipt import Receipt, Record
-from saesteer.steering.steps import Placed, Shared
+from saesteer.steering.receipt import Receipt
+from saesteer.steering.steps import Placed, Records, Shared
 
 
 @contextmanager
@@ -71,28 +71,28 @@ def steer(
             [gate for gate in gates.values() if gate.when.point == point],
             shared,
         )
-    records = [one.record for one in placed]
+    records = [shared.records[one] for one in placed]
     special = special_token_ids(model, tokenizer)
     with edit_activations(
         model, changes, special_ids=special, prompt_length=prompt_length
     ) as clock:
         yield Receipt(records, lambda: (clock.forwards, clock.prompts))
-    _judge(placed, clock.forwards)
+    _judge(shared.records, clock.forwards)
 
 
 def _placed(
     edits: Edit | Sequence[Edit] | Sequence[Sequence[Edit]],
 ) -> tuple[list[Placed], int]:
-    """Edits with their records and rows, and how many rows have lists of their own (0: none)."""
+    """Edits with their rows, and how many rows have lists of their own (0: none)."""
     if isinstance(edits, Scope):
         edits = [edits]
     if not any(isinstance(each, list | tuple) for each in edits):
-        return [Placed(each, Record(str(each))) for each in edits], 0
+        return [Placed(each) for each in edits], 0
     placed = []
     for row, each in enumerate(edits):
         if not isinstance(each, list | tuple):
             raise SteeringError("edits and lists of edits are mixed: give every row a list")
-        placed += [Placed(one, Record(f"row {row}: {one}", row), row) for one in each]
+        placed += [Placed(one, row) for one in each]
     return placed, len(edits)
 
 
@@ -158,7 +158,7 @@ def _check_condition(model: nn.Module, edit: Edit, when: When) -> None:
         )
 
 
-def _judge(placed: Sequence[Placed], forwards: int) -> None:
+def _judge(records: Records, forwards: int) -> None:
     """After a clean end: an edit for no token is an error, one that did nothing a warning.
 
     Raises NothingSteeredError.
@@ -168,12 +168,12 @@ def _judge(placed: Sequence[Placed], forwards: int) -> None:
             "nothing was steered: no forward pass of the model ran inside the context; call the "
             "model, or its generate, within it"
         )
-    for one in placed:
-        if not one.record.reached:
+    for one, (record, at) in records.items():
+        if not record.reached:
             raise NothingSteeredError(
                 f"{one.edit} touched nothing: every forward pass stopped before it came there"
             )
-        untouched = one.record.rows_untouched()
+        untouched = record.rows_untouched(at)
         if untouched:
             prompt, row = untouched[0]
             more = f" (and {len(untouched) - 1} more)" if len(untouched) > 1 else ""
@@ -181,8 +181,8 @@ def _judge(placed: Sequence[Placed], forwards: int) -> None:
                 f"{one.edit} touched no token in row {row} of prompt {prompt}{more}: it applies to "
                 f"{one.edit.where}; give that row such a token, or choose other positions"
             )
-    for one in placed:
-        summary = one.record.summary()
+    for one, (record, at) in records.items():
+        summary = record.summary(at)
         bounded = isinstance(one.edit, Clamp) and one.edit.how in ("min", "max")
         if one.edit.when is not None and summary.n_edited == 0:
             told = f"{one.edit} never applied: its condition ({one.edit.when}) held nowhere"

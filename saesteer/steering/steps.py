@@ -6,7 +6,7 @@ to the bit.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
@@ -17,7 +17,7 @@ from saesteer.core.tokens import Tokens
 from saesteer.steering.conditions import Gate
 from saesteer.steering.edits import Add, Affine, Clamp, Edit, Project, Rotate, Scope
 from saesteer.steering.positions import Positions
-from saesteer.steering.receipt import Pass, Record
+from saesteer.steering.record import Pass, Record
 
 Masks = Callable[[Tokens, Positions], Tensor | None]
 Step = Callable[[Tensor, Tokens], Tensor]
@@ -25,11 +25,16 @@ Step = Callable[[Tensor, Tokens], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Placed:
-    """An edit, the record of what it does, and the one row of the batch it is for (None: all)."""
+    """An edit, and the one row of the batch that it is for (None: all)."""
 
     edit: Edit
-    record: Record
     row: int | None = None
+
+    def __str__(self) -> str:
+        return str(self.edit) if self.row is None else f"row {self.row}: {self.edit}"
+
+
+Records = dict[Placed, tuple[Record, int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,13 +42,21 @@ class Shared:
     """What the steps of one context share.
 
     masks: the chosen tokens of a pass, for a `Positions`. gates: conditions at work, by their id.
-    rows: how many rows have edit lists of their own; 0 where all rows have the same.
+    rows: how many rows have edit lists of their own; 0 where all rows have the same. records: of
+    each edit, the record that it is in and its place there; the steps fill it.
     """
 
     masks: Masks
     gates: Mapping[int, Gate]
     rows: int
     device: torch.device
+    records: Records = field(default_factory=dict)
+
+    def record(self, placed: Sequence[Placed], columns: Sequence[int] | None = None) -> Record:
+        """A new record of edits that act at once, which `records` then knows."""
+        record = Record([str(one) for one in placed], [one.row for one in placed], columns)
+        self.records.update({one: (record, at) for at, one in enumerate(placed)})
+        return record
 
 
 class _Chosen:
@@ -97,7 +110,7 @@ class AddStep:
 
     def __init__(self, placed: Sequence[Placed], shared: Shared) -> None:
         self._chosen = _Chosen(placed[0].edit, shared)
-        self._records = [one.record for one in placed]
+        self._record = shared.record(placed)
         changes = []
         for one in placed:
             assert isinstance(one.edit, Add)
@@ -106,14 +119,13 @@ class AddStep:
         if placed[0].row is None:
             self._has: Tensor | None = None
             self._exact = changes[0]  # [d]
-            self._sizes = [self._exact.detach().norm()]
         else:
             rows = torch.tensor([one.row for one in placed], device=shared.device)
             self._has = torch.zeros(shared.rows, dtype=torch.bool, device=shared.device)
             self._has[rows] = True
             none = changes[0].new_zeros(shared.rows, len(changes[0]))
             self._exact = none.index_copy(0, rows, torch.stack(changes))  # [rows, d]
-            self._sizes = [change.detach().norm() for change in changes]
+        self._sizes = torch.stack(changes).detach().norm(dim=1)
         self._change = self._exact  # the same, rounded to the activations' dtype
         # Adding zero isn't always nothing to the bit: -0 + 0 is +0.
         zero = [isinstance(one.edit, Add) and one.edit.strength == 0 for one in placed]
@@ -125,11 +137,10 @@ class AddStep:
     def __call__(self, x: Tensor, tokens: Tokens) -> Tensor:
         if self._change.dtype != x.dtype or self._change.device != x.device:
             self._change = self._exact.to(x)
-            self._sizes = [size.to(x.device) for size in self._sizes]
+            self._sizes = self._sizes.to(x.device)
             self._has = None if self._has is None else self._has.to(x.device)
         eligible, mask = self._chosen.masks(tokens)
-        for record, size in zip(self._records, self._sizes, strict=True):
-            record.note(Pass(tokens, eligible, mask, x, size))
+        self._record.note(Pass(tokens, eligible, mask, x, self._sizes))
         if self._nothing:
             return x
         change = self._change
@@ -180,8 +191,7 @@ class ClampStep:
         difference = after - before
         change = self._sae.write(difference, self._names, wide)
         for clamps, masks, was, now in noted:
-            for record, i in zip(clamps.records, clamps.columns, strict=True):
-                record.note(Pass(tokens, *masks, x, change, was, now, i))
+            clamps.record.note(Pass(tokens, *masks, x, change, was, now))
         # Where nothing is to change, x itself, to the bit.
         touched = (difference != 0).any(-1, keepdim=True)
         return torch.where(touched, self._rounds[0].chosen.finished(x, change), x)
@@ -198,12 +208,12 @@ class _Round:
     ) -> None:
         first, self._how = clamps[0][1], clamps[0][1].how
         self.chosen = _Chosen(first, shared)
-        self.records = [one.record for one, _ in clamps]
-        self.columns = [column[clamp.feature] for _, clamp in clamps]
-        used = list(dict.fromkeys(self.columns))
+        columns = [column[clamp.feature] for _, clamp in clamps]
+        self.record = shared.record([one for one, _ in clamps], columns)
+        used = list(dict.fromkeys(columns))
         values = torch.zeros(max(1, shared.rows), len(used))
         has = torch.zeros(values.shape, dtype=torch.bool)
-        for (one, clamp), at in zip(clamps, self.columns, strict=True):
+        for (one, clamp), at in zip(clamps, columns, strict=True):
             values[one.row or 0, used.index(at)] = clamp.value
             has[one.row or 0, used.index(at)] = True
         self._values = values.to(shared.device)
@@ -280,6 +290,7 @@ class MapStep:
 
     def __init__(self, placed: Placed, shared: Shared) -> None:
         self._placed, self._chosen = placed, _Chosen(placed.edit, shared)
+        self._record = shared.record([placed], [0])
         edit, device = placed.edit, shared.device
         self._read: Tensor | None = None
         if isinstance(edit, Project):
@@ -312,7 +323,7 @@ class MapStep:
             read = self._tensors[0].detach()
             before, after = (x.detach().float() @ read)[..., None], (new.detach().float() @ read)
             after = after[..., None]
-        self._placed.record.note(Pass(tokens, eligible, noted, x, change, before, after))
+        self._record.note(Pass(tokens, eligible, noted, x, change, before, after))
         return new if mask is None else torch.where(mask[..., None], new, x)
 
     def _change(self, x: Tensor) -> Tensor:

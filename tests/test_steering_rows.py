@@ -1,0 +1,252 @@
+"""Rows with edits of their own, conditions that last, positions and schedules, in `generate`."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from saesteer.core.clock import SteeringWarning
+from saesteer.core.hooks import capture
+from saesteer.core.model import HookPoint
+from saesteer.errors import NothingSteeredError, SteeringError
+from saesteer.steering.conditions import Feature, Projection, When
+from saesteer.steering.edits import Add, Clamp, Edit, Project, Rotate
+from saesteer.steering.engine import steer
+from saesteer.steering.positions import Positions, of_roles
+from saesteer.steering.schedules import Decay, Linear
+from tests.tiny import BOS, EOS, PAD, WIDTH, random_ids, tiny_model, tiny_sae, tiny_tokenizer
+
+MIDDLE = HookPoint(1, "resid_post")
+GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": PAD}
+
+
+def vector(seed: int = 0, width: int = WIDTH) -> Tensor:
+    return torch.randn(width, generator=torch.Generator().manual_seed(seed))
+
+
+def texts(model: Any, ids: Tensor, edits: Any, **how: Any) -> list[list[int]]:
+    with steer(model, edits):
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY, **how).tolist()
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def lists() -> list[list[Edit]]:
+    sae, topk = tiny_sae(), tiny_sae("topk")
+    return [
+        [],
+        [Clamp(sae, 5, 8.0)],
+        [Clamp(sae, 9, 8.0), Clamp(sae, 5, 0.0), Add(vector(1), 2.0, "layers.0.resid_post")],
+        [Add(vector(2), 1.0, "layers.0.resid_post"), Clamp(topk, 5, 4.0)],
+        [Clamp(sae, 5, 8.0), Clamp(sae, 5, 2.0, "scale"), Project(vector(3), MIDDLE, 2.0)],
+    ]
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_every_row_has_its_own_edits_as_if_it_were_alone(use_cache: bool) -> None:
+    model, ids = tiny_model(), random_ids(1, 5)
+    together = texts(model, ids.expand(5, -1), lists(), use_cache=use_cache)
+    alone = [texts(model, ids, edits)[0] for edits in lists()[1:]]
+    plain = model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY).tolist()
+    assert together == [*plain, *alone]
+    assert len({tuple(text) for text in together}) == 5
+
+
+def test_rows_go_with_their_beams_and_return_sequences() -> None:
+    model, ids = tiny_model(), random_ids(2, 5)
+    edits: list[list[Edit]] = [[Add(vector(), 2.0, MIDDLE)], []]
+    how = {"num_beams": 3, "num_return_sequences": 2}
+    together = texts(model, ids, edits, **how)
+    first = texts(model, ids[:1], edits[0], **how)
+    second = model.generate(
+        ids[1:], attention_mask=torch.ones_like(ids[1:]), **GREEDY, **how
+    ).tolist()
+    assert together == [*first, *second]
+
+
+def test_a_batch_of_other_than_as_many_rows_is_refused() -> None:
+    model = tiny_model()
+    with pytest.raises(SteeringError, match="5 lists of edits for a batch of 2 rows"):
+        texts(model, random_ids(2, 4), lists())
+    with (
+        pytest.raises(SteeringError, match="mixed"),
+        steer(model, [Add(vector(), 1.0, MIDDLE), []]),
+    ):  # type: ignore[list-item]
+        pass
+    with pytest.raises(SteeringError, match="no edits"), steer(model, [[], []]):
+        pass
+
+
+def test_the_receipt_names_rows_and_only_a_rows_own_tokens_must_be_touched() -> None:
+    model, ids = tiny_model(), random_ids(2, 4)
+    ids[0] = BOS  # nothing to steer in row 0, and nothing is to be
+    with torch.no_grad(), steer(model, [[], [Add(vector(), 1.0, MIDDLE)]]) as receipt:
+        model(ids)
+    (edit,) = receipt.edits
+    assert edit.row == 1 and edit.counts == [[0, int((ids[1] > 3).sum())]]
+    with (
+        torch.no_grad(),
+        pytest.raises(NothingSteeredError, match="row 0"),
+        steer(model, [[Add(vector(), 1.0, MIDDLE)], []]),
+    ):
+        model(ids)
+
+
+def test_gradients_flow_to_the_vectors_of_rows() -> None:
+    model, ids = tiny_model(), random_ids(2, 4)
+    vectors = [vector(i).requires_grad_() for i in range(2)]
+    with steer(model, [[Add(v, 1.0, MIDDLE)] for v in vectors]):
+        model(ids).logits[0].sum().backward()
+    assert vectors[0].grad is not None and bool(vectors[0].grad.any())
+    assert vectors[1].grad is None or not bool(vectors[1].grad.any())
+
+
+# --- conditions ----------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*never applied")
+def test_a_condition_holds_row_by_row_and_lasts_over_cached_steps() -> None:
+    """What is generated with a cache and without, alone and in a batch, is one text."""
+    model, ids = tiny_model(), random_ids(4, 5)
+    for lasting in ("while", "from", "until"):
+        for reads in (Feature(tiny_sae(), 7), Projection(vector(4), "layers.0.resid_post")):
+            when = When(reads, 0.5, lasting)  # type: ignore[arg-type]
+            edit = Add(vector(), 1.0, MIDDLE, when=when)
+            cached = texts(model, ids, edit, use_cache=True)
+            assert cached == texts(model, ids, edit, use_cache=False)
+            assert cached == [texts(model, row[None], edit)[0] for row in ids]
+
+
+def test_a_lasting_condition_starts_afresh_with_each_prompt() -> None:
+    model = tiny_model()
+    ids = random_ids(1, 6)
+    with capture(model, [MIDDLE]) as found:
+        model(ids)
+    x = found[MIDDLE][0]
+    direction = x[2] - x.mean(0)
+    level = float((x @ direction).topk(2).values.mean())  # only the token at 2 is above it
+    edit = Add(vector(), 1.0, MIDDLE, when=When(Projection(direction, MIDDLE), level, "from"))
+    with torch.no_grad(), steer(model, edit) as receipt:
+        for _ in range(2):
+            model(ids)
+    assert receipt.edits[0].positions == [[[2, 3, 4, 5]]] * 2
+
+
+def test_a_condition_that_never_holds_is_warned_of_and_counted() -> None:
+    model, when = tiny_model(), When(Projection(vector(), MIDDLE), 1e6)
+    with (
+        torch.no_grad(),
+        pytest.warns(SteeringWarning, match="held nowhere on all 5 tokens"),
+        steer(model, Add(vector(), 1.0, MIDDLE, when=when)) as receipt,
+    ):
+        model(random_ids(1, 5, seed=3).clamp(min=4))
+    assert (receipt.edits[0].n_eligible, receipt.edits[0].n_edited) == (5, 0)
+
+
+def test_conditions_that_cannot_work_are_refused() -> None:
+    model = tiny_model()
+    later = When(Projection(vector(), "layers.2.resid_pre"), 0.0)
+    with (
+        pytest.raises(SteeringError, match="comes later"),
+        steer(model, Add(vector(), 1.0, MIDDLE, when=later)),
+    ):
+        pass
+    narrow = When(Projection(vector(0, 8), MIDDLE), 0.0)
+    with (
+        pytest.raises(SteeringError, match="8 dimensions"),
+        steer(model, Add(vector(), 1.0, MIDDLE, when=narrow)),
+    ):
+        pass
+    lasting = When(Projection(vector(), MIDDLE), 0.0, "from")
+    with pytest.raises(SteeringError, match="beam search"):
+        texts(model, random_ids(1, 4), Add(vector(), 1.0, MIDDLE, when=lasting), num_beams=2)
+    with pytest.raises(SteeringError, match="lasting='ever'"):
+        When(Projection(vector(), MIDDLE), 0.0, "ever")  # type: ignore[arg-type]
+
+
+# --- schedules and positions ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_schedule_counts_generated_tokens(use_cache: bool) -> None:
+    model, ids = tiny_model(), random_ids(1, 4).clamp(min=4)
+    for schedule, factors in (
+        (Linear(1.0, 0.0, 2), [1.0] * 5 + [0.5, 0.0, 0.0]),
+        (Decay(1.0), [1.0] * 5 + [0.5, 0.25, 0.125]),
+    ):
+        edit = Add(vector(), 1.0, MIDDLE, schedule=schedule, where=Positions(special=True))
+        sizes: list[float] = []
+        with steer(model, edit) as receipt:
+            model.generate(
+                ids, attention_mask=torch.ones_like(ids), use_cache=use_cache,
+                min_new_tokens=5, max_new_tokens=5, do_sample=False, pad_token_id=PAD,
+            )  # fmt: skip
+        sizes = [float(token.edited) for token in receipt.traces()[0][0]]
+        assert sizes == [float(factor != 0) for factor in factors]
+
+
+def test_positions_of_roles_are_those_of_the_chat_template() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'][:1] }} : {{ m['content'] }} . {% endfor %}"
+        "{% if add_generation_prompt %}a :{% endif %}"
+    )
+    chat = [
+        {"role": "system", "content": "the sea"},
+        {"role": "user", "content": "a boy saw a dog"},
+        {"role": "assistant", "content": "he liked it"},
+        {"role": "user", "content": "once"},
+    ]
+    spans = {role: of_roles(tokenizer, chat, [role]).spans for role in ("system", "user")}
+    assert spans == {"system": ((0, 5),), "user": ((5, 13), (19, 23))}
+    assert of_roles(tokenizer, chat, ["assistant"]).spans == ((13, 19), (23, 25), (25, None))
+    assert of_roles(tokenizer, chat, ["user"]).generated is False
+    with pytest.raises(SteeringError, match="no message of tool"):
+        of_roles(tokenizer, chat, ["tool"])
+    with pytest.raises(SteeringError, match="no chat template"):
+        of_roles(tiny_tokenizer(), chat, ["user"])
+
+
+def test_after_a_string_waits_for_it_also_among_generated_tokens() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    ids = torch.tensor([[BOS, *tokenizer("the boy saw the dog and ran").input_ids]])
+    edit = Add(vector(), 1.0, MIDDLE, where=Positions(after="saw the"))
+    with torch.no_grad(), steer(model, edit, tokenizer=tokenizer) as receipt:
+        model(ids)
+    assert receipt.edits[0].positions == [[[5, 6, 7]]]
+    with pytest.raises(SteeringError, match="needs the tokenizer"), steer(model, edit):
+        model(ids)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Positions(prompt=False, generated=False), "neither"),
+        (lambda: Positions(first=0), "first=0"),
+        (lambda: Positions(every=-1), "every=-1"),
+        (lambda: Positions(prompt=False, last=2), "switched off"),
+        (lambda: Positions(after=""), "give the string"),
+        (lambda: Positions(spans=((3, 3),)), "from 3 up to 3"),
+        (lambda: Linear(over=0), "over 1 token"),
+        (lambda: Decay(0.0), "half-life"),
+        (lambda: Rotate(vector(), vector() * 2, 1.0, MIDDLE), "parallel"),
+        (lambda: Project(torch.zeros(WIDTH), MIDDLE), "no direction"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(make: Any, message: str) -> None:
+    with pytest.raises(SteeringError, match=message):
+        make()
+
+
+def test_a_trace_tells_tokens_and_readings_apart() -> None:
+    model, sae, ids = tiny_model(), tiny_sae(), random_ids(1, 4)
+    ids[0, 0] = BOS
+    with steer(model, Clamp(sae, 5, 8.0)) as receipt:
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)
+    (trace,) = receipt.traces()[0]
+    assert [token.id for token in trace] == out[0, :-1].tolist()
+    assert not trace[0].edited and all(t.edited == (t.id > EOS + 1) for t in trace if t.id)
+    assert all(token.after == 8.0 for token in trace if token.edited)
+    assert all(token.after == token.before for token in trace if not token.edited)
