@@ -46,13 +46,26 @@ def test_training_and_steering_do_not_import_sae_lens(small_run):
 def test_what_is_public_is_pinned_and_there():
     assert saesteer.__all__ == [
         "Add",
+        "Affine",
         "Clamp",
+        "Decay",
+        "Feature",
         "HookPoint",
+        "Linear",
+        "Positions",
+        "Project",
+        "Projection",
+        "Rotate",
         "Run",
         "Sae",
         "SaesteerError",
+        "When",
         "__version__",
+        "ablation_everywhere",
+        "bake",
+        "load_edits",
         "load_model",
+        "save_edits",
         "steer",
     ]
     for name in saesteer.__all__:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Told apart by lightness too, so that they survive a grey print.
-_COLOURS = ("#0b4f8a", "#d1782a", "#3f8f5f", "#8a3b78", "#7a7a7a", "#b8a11e")
-_MARKERS = "osD^vPX*"
+COLOURS = ("#0b4f8a", "#d1782a", "#3f8f5f", "#8a3b78", "#7a7a7a", "#b8a11e")
+MARKERS = "osD^vPX*"
 _STYLE = {
     "svg.hashsalt": "saesteer",
     "font.size": 9.0,
@@ -68,10 +68,10 @@ def density(values: Sequence[float], path: Path) -> Path:
     all_ = np.asarray(values, dtype=np.float64)
     alive = all_[all_ > 0]
     lowest = float(np.floor(np.log10(alive.min()))) if len(alive) else -6.0
-    with _drawn(path, (5.2, 3.2)) as figure:
+    with drawn(path, (5.2, 3.2)) as figure:
         axes = figure.subplots()
         bins = np.logspace(min(lowest, -1.0), 0, int(-min(lowest, -1.0) * 6) + 1)
-        axes.hist(alive, bins=bins.tolist(), color=_COLOURS[0])
+        axes.hist(alive, bins=bins.tolist(), color=COLOURS[0])
         axes.set_xscale("log")
         axes.set_xlabel("density: share of tokens on which a feature fires")
         axes.set_ylabel("features")
@@ -83,9 +83,9 @@ def density(values: Sequence[float], path: Path) -> Path:
 def nearest_cosine(values: Sequence[float], path: Path) -> Path:
     """Histogram of each decoder row's cosine to the row nearest to it, [d_sae]."""
     all_ = np.asarray(values, dtype=np.float64)
-    with _drawn(path, (5.2, 3.2)) as figure:
+    with drawn(path, (5.2, 3.2)) as figure:
         axes = figure.subplots()
-        axes.hist(all_.clip(0, 1), bins=np.linspace(0, 1, 41).tolist(), color=_COLOURS[0])
+        axes.hist(all_.clip(0, 1), bins=np.linspace(0, 1, 41).tolist(), color=COLOURS[0])
         axes.set_xlim(0, 1)
         axes.set_xlabel("cosine of a decoder row to the row nearest to it")
         axes.set_ylabel("features")
@@ -103,11 +103,11 @@ def baselines(figures: Mapping[str, Any], path: Path) -> Path:
         ("ce_recovered", "CE recovered"),
         ("kl", "KL, nats a token"),
     )
-    with _drawn(path, (7.6, 3.0)) as figure:
+    with drawn(path, (7.6, 3.0)) as figure:
         for axes, (key, title) in zip(figure.subplots(1, 3), shown, strict=True):
             values = [row[key] for row in rows.values()]
             heights = [0.0 if value is None else float(value) for value in values]
-            bars = axes.bar(names, heights, color=_COLOURS[: len(rows)], width=0.65)
+            bars = axes.bar(names, heights, color=COLOURS[: len(rows)], width=0.65)
             labels = ["–" if value is None else f"{value:.3f}" for value in values]
             axes.bar_label(bars, labels, padding=2, fontsize=8)
             axes.set_title(title, loc="left")
@@ -127,14 +127,14 @@ def training(lines: Sequence[Mapping[str, Any]], path: Path) -> Path:
         ("l0", "L0", "linear"),
         ("dead_fraction", "dead features, share", "linear"),
     )
-    with _drawn(path, (7.6, 4.8)) as figure:
+    with drawn(path, (7.6, 4.8)) as figure:
         for axes, (key, title, scale) in zip(
             figure.subplots(2, 2, sharex=True).flat, shown, strict=True
         ):
             points = [(line["tokens"], line[key]) for line in lines if line.get(key) is not None]
             if points:
                 tokens, values = zip(*points, strict=True)
-                axes.plot(np.asarray(tokens) / 1e6, values, color=_COLOURS[0], linewidth=1.2)
+                axes.plot(np.asarray(tokens) / 1e6, values, color=COLOURS[0], linewidth=1.2)
                 _fit(axes, values, scale)
             axes.set_title(title, loc="left")
         for axes in figure.axes[2:]:
@@ -154,7 +154,7 @@ def pareto(points: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """
     families = sorted({(str(p["architecture"]), int(p["d_sae"])) for p in points})
     shown = (("explained_variance", "explained variance"), ("ce_recovered", "CE recovered"))
-    with _drawn(path, (7.6, 3.8)) as figure:
+    with drawn(path, (7.6, 3.8)) as figure:
         for axes, (key, title) in zip(figure.subplots(1, 2), shown, strict=True):
             seen = []
             for number, (architecture, d_sae) in enumerate(families):
@@ -169,8 +169,8 @@ def pareto(points: Sequence[Mapping[str, Any]], path: Path) -> Path:
                 axes.plot(
                     [x for x, _ in own],
                     [y for _, y in own],
-                    color=_COLOURS[number % len(_COLOURS)],
-                    marker=_MARKERS[number % len(_MARKERS)],
+                    color=COLOURS[number % len(COLOURS)],
+                    marker=MARKERS[number % len(MARKERS)],
                     markersize=4.5,
                     linewidth=1.2,
                     label=f"{architecture}, {d_sae:,}",
@@ -230,7 +230,7 @@ def _log_ticks(axes: "Axes", values: Sequence[float]) -> None:
 
 
 @contextmanager
-def _drawn(path: Path, inches: tuple[float, float]) -> Iterator["Figure"]:
+def drawn(path: Path, inches: tuple[float, float]) -> Iterator["Figure"]:
     """A figure to draw on, written to `path` when the body succeeds."""
     figure_of, context = _matplotlib()
     with context(_STYLE):

@@ -26,6 +26,7 @@ COMMANDS = {
     "feature": ("saesteer.cli.features", "show one feature"),
     "vector": ("saesteer.cli.steer", "fit a direction on contrast pairs"),
     "steer": ("saesteer.cli.steer", "generate with features clamped or directions added"),
+    "dose": ("saesteer.cli.dose", "what each strength does and costs, and where a model breaks"),
 }
 
 # These take a Config, whose defaults stand in the file or run folder that is named first.

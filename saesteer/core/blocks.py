@@ -196,8 +196,8 @@ def _output_projection(block: nn.Module, point: HookPoint) -> nn.Module:
     for path in ("self_attn", "attn.attention", "attn", "attention", "self_attention"):
         attention = _descend(block, path)
         for name in _MIXES_HEADS:
-            module = None if attention is None else getattr(attention, name, None)
-            if isinstance(getattr(module, "weight", None), Tensor):
+            module = None if attention is None else _descend(attention, name)
+            if module is not None and isinstance(getattr(module, "weight", None), Tensor):
                 return module
     raise HookPointError(
         f"{point}: no output projection was found in the attention of {type(block).__name__}: "

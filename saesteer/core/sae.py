@@ -148,6 +148,15 @@ class Sae:
                 kept[name] = tensor[index]
         return replace(self, **kept)
 
+    def trained_number(self, feature: int) -> int:
+        """A feature's number in the SAE that was trained, also where this one is what a file of
+        edits kept of it: its notes then name the features "narrowed_from" it."""
+        origin = self.notes.get("narrowed_from")
+        # Narrowed once more, it is another SAE, and the note isn't about it.
+        if not origin or origin["narrow"] != self.hash:
+            return feature
+        return int(origin["features"][feature])
+
     def prepare(self, x: Tensor) -> Prepared:
         """What the SAE makes of activations x [..., d_in] before its encoder, with its inverse.
 

@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saesteer.effects.dose import BREAK, Dose, DoseRow, Interval
-from saesteer.training.plots import _COLOURS as COLOURS
-from saesteer.training.plots import _MARKERS as MARKERS
-from saesteer.training.plots import _drawn as drawn
+from saesteer.training.plots import COLOURS, MARKERS, drawn
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -39,7 +39,7 @@ class Feature:
         return self.sae.d_in
 
     def __str__(self) -> str:
-        return f"feature {self.feature}"
+        return f"feature {self.sae.trained_number(self.feature)}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -87,7 +87,8 @@ class Clamp(Scope):
         object.__setattr__(self, "point", _point(self.point or self.sae.hook_point))
 
     def __str__(self) -> str:
-        return f"feature {self.feature} {self.how} {self.value:g} at {self.point}"
+        number = self.sae.trained_number(self.feature)
+        return f"feature {number} {self.how} {self.value:g} at {self.point}"
 
 
 @dataclass(frozen=True, eq=False)

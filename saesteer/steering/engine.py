@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -85,15 +86,13 @@ def _placed(
 ) -> tuple[list[Placed], int]:
     """Edits with their rows, and how many rows have lists of their own (0: none)."""
     if isinstance(edits, Scope):
-        edits = [edits]
-    if not any(isinstance(each, list | tuple) for each in edits):
-        return [Placed(each) for each in edits], 0
-    placed = []
-    for row, each in enumerate(edits):
-        if not isinstance(each, list | tuple):
-            raise SteeringError("edits and lists of edits are mixed: give every row a list")
-        placed += [Placed(one, row) for one in each]
-    return placed, len(edits)
+        return [Placed(edits)], 0
+    lists = [each for each in edits if isinstance(each, list | tuple)]
+    if not lists:
+        return [Placed(cast(Edit, each)) for each in edits], 0
+    if len(lists) < len(edits):
+        raise SteeringError("edits and lists of edits are mixed: give every row a list")
+    return [Placed(one, row) for row, each in enumerate(lists) for one in each], len(lists)
 
 
 class _Masks:

@@ -55,7 +55,7 @@ class Pack:
         """An edit, a reading or a schedule: its kind, and its fields."""
         one = {f.name: self._field(getattr(value, f.name)) for f in fields(value)}
         if isinstance(getattr(value, "sae", None), Sae):
-            one["feature"] = original_feature(value.sae, int(value.feature))
+            one["feature"] = value.sae.trained_number(int(value.feature))
         return {"kind": type(value).__name__, **one}
 
     def _field(self, value: Any) -> Any:
@@ -99,7 +99,7 @@ class Pack:
             "hook_point": str(sae.hook_point),
             "architecture": sae.architecture,
             "notes": {key: value for key, value in sae.notes.items() if key != _ORIGIN},
-            "features": [original_feature(sae, feature) for feature in features],
+            "features": [sae.trained_number(feature) for feature in features],
         }
         if sae.architecture != "topk":
             parts = {f.name: getattr(sae.narrowed(features), f.name) for f in fields(sae)}
@@ -199,12 +199,6 @@ def _origin(sae: Sae) -> Mapping[str, Any] | None:
     """Which SAE and features this is, where it came out of a file and is still what it was."""
     origin = sae.notes.get(_ORIGIN)
     return origin if isinstance(origin, Mapping) and origin.get("narrow") == sae.hash else None
-
-
-def original_feature(sae: Sae, feature: int) -> int:
-    """A feature's number in the SAE that was trained, also for an SAE that came out of a file."""
-    origin = _origin(sae)
-    return feature if origin is None else int(origin["features"][feature])
 
 
 def _plain(value: Any) -> Any:

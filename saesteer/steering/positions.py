@@ -164,7 +164,8 @@ def of_roles(
         )
         return list(found)
 
-    whole, spans, start = ids(len(messages), prompt=add_generation_prompt), [], 0
+    whole, start = ids(len(messages), prompt=add_generation_prompt), 0
+    spans: list[Span] = []
     for n, message in enumerate(messages, start=1):
         part = ids(n)
         if whole[: len(part)] != part:

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from saesteer.core.tokens import Tokens
+from saesteer.steering.clamps import ClampStep
 from saesteer.steering.conditions import Gate
 from saesteer.steering.edits import Add, Clamp, Edit
-from saesteer.steering.steps import AddStep, ClampStep, MapStep, Placed, Shared, Step, alike
+from saesteer.steering.steps import AddStep, MapStep, Placed, Shared, Step, alike
 
 
 def compile_point(placed: Sequence[Placed], readings: Sequence[Gate], shared: Shared) -> Step:
