@@ -30,6 +30,8 @@ from saesteer.errors import FeatureError
 
 __all__ = ["Codes", "Conventions", "Prepared", "Sae", "check_fits", "load_sae"]
 
+Features = Sequence[int] | Tensor | slice
+
 # Elements of one chunk of pre-activations: 64 MB in float32.
 _CHUNK = 2**24
 
@@ -183,11 +185,12 @@ class Sae:
         rows, latents, values = (torch.cat(column) for column in zip(*parts, strict=True))
         return Codes(rows, latents, values, z.shape[0])
 
-    def activation(self, x: Tensor, features: Sequence[int] | Tensor) -> Tensor:
+    def activation(self, x: Tensor, features: Features) -> Tensor:
         """Activations [..., n] of the chosen features on x [..., d_in].
 
         Only the chosen encoder columns are computed; but TopK needs one x W_enc to know whether a
-        feature is among the k. features: numbers, or an int64 tensor [n] of them that exist.
+        feature is among the k. features: numbers, or an int64 tensor [n] of them that exist, or
+        slice(None) for all (not of a TopK SAE).
 
         Raises:
             FeatureError: a feature that this SAE doesn't have.
@@ -230,7 +233,7 @@ class Sae:
             out = out * prepared.scale
         return out if prepared.shift is None else out + prepared.shift
 
-    def write(self, delta: Tensor, features: Sequence[int] | Tensor, x: Tensor) -> Tensor:
+    def write(self, delta: Tensor, features: Features, x: Tensor) -> Tensor:
         """What changing features by delta [..., n] adds to the stream, where the SAE read x.
 
         x + write(t - a) equals: put t in the place of a in the code, decode, add back the
@@ -293,8 +296,8 @@ class Sae:
             rows = rows / self._decoder_norms[index, None]
         return rows
 
-    def _features(self, features: Sequence[int] | Tensor) -> Tensor:
-        if isinstance(features, Tensor):  # made here before, in a step that runs for each token
+    def _features(self, features: Features) -> Any:
+        if isinstance(features, Tensor | slice):  # known to exist, in a step run for each token
             return features
         for feature in features:
             if not 0 <= feature < self.d_sae:

@@ -117,13 +117,18 @@ class Tokens:
             return torch.zeros(self.shape, dtype=torch.bool, device=self.device)
         return (ids[..., None] == _tensor(self.special_ids, ids.device)).any(-1)
 
+    @property
+    def unpadded(self) -> bool:
+        """Whether it is known at no cost that there is no padding in this pass."""
+        # What `generate` wrote is never masked; rows that have ended get pad tokens, special ones.
+        written = self.generating and self.past_length >= (self.prompt_length or 0)
+        return self.mask is None or written
+
     @cached_property
     def is_plain(self) -> Tensor | None:
         """Bool [batch, seq]: neither padding nor special; None where every one is, as at most
         steps of `generate`, where finding that out must cost next to nothing."""
-        # What `generate` wrote is never masked; rows that have ended get pad tokens, special ones.
-        written = self.generating and self.past_length >= (self.prompt_length or 0)
-        padded = self.mask is not None and not written
+        padded = not self.unpadded
         special = bool(self.special_ids) and self.input_ids is not None
         if special and self.device.type == "cpu" and self.shape.numel() <= _FEW:
             assert self.input_ids is not None

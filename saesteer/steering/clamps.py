@@ -23,19 +23,20 @@ class ClampStep:
         clamps = [(one, one.edit) for one in placed if isinstance(one.edit, Clamp)]
         sae: Sae = clamps[0][1].sae
         features = list(dict.fromkeys(clamp.feature for _, clamp in clamps))
-        names = features
+        self._names: Tensor | slice = torch.tensor(features, device=shared.device)
         if sae.architecture != "topk":
             # Only the chosen columns are ever needed, and only they are moved.
-            sae, names = sae.narrowed(features), list(range(len(features)))
+            sae, self._names = sae.narrowed(features), slice(None)
         self._sae = sae.to(shared.device, torch.float32)
-        self._names = torch.tensor(names, device=shared.device)
         self._keep_norm = clamps[0][1].keep_norm
         column = {feature: i for i, feature in enumerate(features)}
         self._rounds = [_Round(some, column, shared) for some in _distinct(clamps)]
 
     def __call__(self, x: Tensor, tokens: Tokens) -> Tensor:
         if self._sae.W_dec.device != x.device:
-            self._sae, self._names = self._sae.to(x.device), self._names.to(x.device)
+            self._sae = self._sae.to(x.device)
+            if isinstance(self._names, Tensor):
+                self._names = self._names.to(x.device)
         wide = x.float()
         before = self._sae.activation(wide, self._names)  # [batch, seq, n]
         after, noted = before, []

@@ -103,9 +103,10 @@ class Gate:
     def __init__(self, when: When, device: torch.device) -> None:
         self.when = when
         if isinstance(when.reads, Feature):
-            sae, self._features = when.reads.sae, [when.reads.feature]
+            sae = when.reads.sae
+            self._features: Tensor | slice = torch.tensor([when.reads.feature], device=device)
             if sae.architecture != "topk":
-                sae, self._features = sae.narrowed(self._features), [0]
+                sae, self._features = sae.narrowed([when.reads.feature]), slice(None)
             self._sae: Sae | None = sae.to(device, torch.float32)
         else:
             self._sae = None

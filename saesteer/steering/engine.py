@@ -101,7 +101,7 @@ class _Masks:
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, n_rows: int) -> None:
         self._tokenizer, self._n_rows = tokenizer, n_rows
         self._tokens: Tokens | None = None
-        self._known: dict[Positions, Tensor | None] = {}
+        self._known: dict[int, Tensor | None] = {}  # by the identity of the positions
 
     def __call__(self, tokens: Tokens, where: Positions) -> Tensor | None:
         if tokens is not self._tokens:
@@ -111,9 +111,9 @@ class _Masks:
                     "row one, an empty list for none"
                 )
             self._tokens, self._known = tokens, {}
-        if where not in self._known:
-            self._known[where] = where.mask(tokens, self._tokenizer)
-        return self._known[where]
+        if id(where) not in self._known:
+            self._known[id(where)] = where.mask(tokens, self._tokenizer)
+        return self._known[id(where)]
 
 
 def _check(model: nn.Module, edits: Sequence[Edit]) -> None:

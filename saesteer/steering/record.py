@@ -179,8 +179,8 @@ class Record:
         self._pending.clear()
 
     def _add_prompt(self, prompt: int, passes: list[Pass]) -> None:
-        eligible = _joined(passes, [_all(one, one.eligible) for one in passes])
-        chosen = _joined(passes, [_all(one, one.chosen) for one in passes])
+        eligible = _masks(passes, [one.eligible for one in passes])
+        chosen = _masks(passes, [one.chosen for one in passes])
         rows = passes[0].tokens.source_rows.to(chosen.device)
         everywhere = torch.ones_like(rows, dtype=torch.bool)
         mine = torch.stack([everywhere if r is None else rows == r for r in self._rows])
@@ -253,9 +253,11 @@ class _Traced(NamedTuple):
     ) -> "_Traced":
         known = all(one.tokens.input_ids is not None for one in passes)
         ids = _joined(passes, [one.tokens.input_ids for one in passes]) if known else None
-        return cls(
-            ids, chosen, _joined(passes, [one.tokens.is_padding for one in passes]), before, after
-        )
+        if all(one.tokens.unpadded for one in passes):
+            padding = torch.zeros_like(chosen)
+        else:
+            padding = _joined(passes, [one.tokens.is_padding for one in passes])
+        return cls(ids, chosen, padding, before, after)
 
     def of(self, mine: Tensor, column: int | None) -> list[list[TokenTrace]]:
         """By row, for the edit that is for the rows `mine` [batch] and reads `column`."""
@@ -279,6 +281,15 @@ class _Traced(NamedTuple):
             ]
             for row in range(len(padding))
         ]
+
+
+def _masks(passes: list[Pass], masks: list[Tensor | None]) -> Tensor:
+    """Masks [batch, seq], None for all of a pass, side by side."""
+    if any(mask is not None for mask in masks):
+        return _joined(passes, [_all(*pair) for pair in zip(passes, masks, strict=True)])
+    width = sum(one.tokens.shape[1] - one.tokens.first_new for one in passes)
+    rows = passes[0].tokens.shape[0]
+    return torch.ones(rows, width, dtype=torch.bool, device=passes[0].x.device)
 
 
 def _all(one: Pass, mask: Tensor | None) -> Tensor:

@@ -41,7 +41,8 @@ class Shared:
 
     masks: the chosen tokens of a pass, for a `Positions`. gates: conditions at work, by their id.
     rows: how many rows have edit lists of their own; 0 where all rows have the same. records: of
-    each edit, the record that it is in and its place there; the steps fill it.
+    each edit, the record that it is in and its place there; wheres: of equal positions, the one
+    object that stands for them; the steps fill both.
     """
 
     masks: Masks
@@ -49,6 +50,7 @@ class Shared:
     rows: int
     device: torch.device
     records: Records = field(default_factory=dict)
+    wheres: dict[Positions, Positions] = field(default_factory=dict)
 
     def record(self, placed: Sequence[Placed], columns: Sequence[int] | None = None) -> Record:
         """A new record of edits that act at once, which `records` then knows."""
@@ -61,7 +63,9 @@ class Chosen:
     """Where edits of one scope act in a pass, their rows apart."""
 
     def __init__(self, scope: Scope, shared: Shared) -> None:
-        self.where, self.schedule, self.keep_norm = scope.where, scope.schedule, scope.keep_norm
+        # One object for all that are equal, which the masks are then known by.
+        self.where = shared.wheres.setdefault(scope.where, scope.where)
+        self.schedule, self.keep_norm = scope.schedule, scope.keep_norm
         self._masks = shared.masks
         self._gate = None if scope.when is None else shared.gates[id(scope.when)]
 
