@@ -14,7 +14,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saesteer import config
 from saesteer.cli.main import main
@@ -25,6 +25,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 TRAINING = (ROOT / "docs" / "training.md").read_text()
+STEERING = (ROOT / "docs" / "steering.md").read_text()
 WORDS = "the boy saw a ship at sea and the old dog heard rain in the house . "
 
 
@@ -160,6 +161,29 @@ def test_the_page_on_training(mine, capsys):
     assert {p.suffix for p in (mine / "runs/mine/plots").iterdir()} == {".svg", ".png"}
     assert (mine / "runs/mine/hub/README.md").exists()
     assert (mine / "runs/gpt2-l6-sweep/sweep/topk-k32/features.sqlite").exists()
+
+
+def test_the_page_on_steering(mine, capsys, monkeypatch):
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained",
+        _here(AutoModelForCausalLM.from_pretrained, mine / "gpt2"),
+    )  # fmt: skip
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", _here(AutoTokenizer.from_pretrained, mine / "gpt2")
+    )
+    names: dict[str, object] = {}
+    for block in blocks("python", STEERING):
+        code = re.sub(r"layers\.[46]", "layers.1", block)
+        exec(compile(code, "docs/steering.md", "exec"), names)
+    assert len(names["texts"]) == 5 and len(names["edits"]) == 2
+    run_all([["saesteer", "index", "runs/mine"]])
+    for block in blocks("sh", STEERING):
+        run_all(commands(block))
+
+
+def _here(real, folder):
+    """`from_pretrained` that finds a Hub's model in a folder, and folders where they are."""
+    return lambda name, **how: real(folder if name == "openai-community/gpt2" else name, **how)
 
 
 def test_keys_that_pages_name_exist():

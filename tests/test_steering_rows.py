@@ -134,6 +134,28 @@ def test_a_lasting_condition_starts_afresh_with_each_prompt() -> None:
     assert receipt.edits[0].positions == [[[2, 3, 4, 5]]] * 2
 
 
+def test_a_lasting_condition_forgets_what_was_taken_back_and_refuses_what_it_never_saw() -> None:
+    model, ids = tiny_model(), random_ids(1, 6).clamp(min=4)
+    with capture(model, [MIDDLE]) as found:
+        model(ids)
+    x = found[MIDDLE][0]
+    direction = x[5] - x[:5].mean(0)
+    level = float(((x[5] + x[:5].mean(0)) / 2) @ direction)  # only the last token is above it
+    when = When(Projection(direction, MIDDLE), level, "from")
+    with torch.no_grad(), steer(model, Add(vector(), 1.0, MIDDLE, when=when)) as receipt:
+        out = model(ids, use_cache=True)
+        out.past_key_values.crop(-1)
+        model(ids[:, :2], past_key_values=out.past_key_values)
+    assert [token.edited for token in receipt.traces()[0][0]] == [False] * 5 + [True, False]
+    cache = model(ids, use_cache=True).past_key_values
+    with (
+        torch.no_grad(),
+        pytest.raises(SteeringError, match="the cache was filled elsewhere"),
+        steer(model, Add(vector(), 1.0, MIDDLE, when=when)),
+    ):
+        model(ids[:, :2], past_key_values=cache)
+
+
 def test_a_condition_that_never_holds_is_warned_of_and_counted() -> None:
     model, when = tiny_model(), When(Projection(vector(), MIDDLE), 1e6)
     with (
@@ -250,3 +272,57 @@ def test_a_trace_tells_tokens_and_readings_apart() -> None:
     assert not trace[0].edited and all(t.edited == (t.id > EOS + 1) for t in trace if t.id)
     assert all(token.after == 8.0 for token in trace if token.edited)
     assert all(token.after == token.before for token in trace if not token.edited)
+
+
+# --- models of other kinds -----------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, as it loads its compiler
+def test_a_compiled_model_is_refused_by_name() -> None:
+    model = tiny_model()
+    with (
+        pytest.raises(SteeringError, match="compiled"),
+        steer(
+            torch.compile(model),  # type: ignore[arg-type]
+            Add(vector(), 1.0, MIDDLE),
+        ),
+    ):
+        pass
+    model.compile()
+    with pytest.raises(SteeringError, match="compiled"), steer(model, Add(vector(), 1.0, MIDDLE)):
+        pass
+
+
+class Int8Linear(torch.nn.Module):
+    """As bitsandbytes keeps a linear layer: packed int8 weights, made whole in each call."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.scale = linear.weight.abs().amax(1, keepdim=True) / 127
+        packed = (linear.weight / self.scale).round().to(torch.int8).view(-1, 1)
+        self.weight = torch.nn.Parameter(packed, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = self.weight.view(self.out_features, self.in_features).to(x.dtype) * self.scale
+        return torch.nn.functional.linear(x, whole)
+
+
+def test_quantised_linear_layers_are_steered_like_others() -> None:
+    model, ids = tiny_model(), random_ids(2, 5).clamp(min=4)
+    for block in model.model.layers:
+        for half in (block.self_attn, block.mlp):
+            for name, linear in list(half.named_children()):
+                if isinstance(linear, torch.nn.Linear):
+                    setattr(half, name, Int8Linear(linear))
+    with capture(model, [MIDDLE]) as plain:
+        model(ids)
+    for site, width in (("resid_post", WIDTH), ("head.3", 8), ("mlp_out", WIDTH)):
+        edit = Add(vector(0, width), 1.0, HookPoint(1, site))
+        with torch.no_grad(), steer(model, edit) as receipt, capture(model, [MIDDLE]) as found:
+            model(ids)
+        assert receipt.edits[0].counts == [[5, 5]]
+        changed = found[MIDDLE] - plain[MIDDLE]
+        assert bool(changed.any(-1).all())
+        if site != "head.3":
+            torch.testing.assert_close(changed, edit.vector.expand(2, 5, -1))

@@ -111,9 +111,8 @@ def head_columns(model: nn.Module, point: HookPoint) -> slice:
     """
     heads = _text_setting(model, "num_attention_heads", "n_head", "n_heads")
     projection: Any = _output_projection(decoder_layers(model)[point.layer], point)
-    weight: Tensor = projection.weight
-    # GPT-2's Conv1D keeps its weight [in, out].
-    width = weight.shape[0] if type(projection).__name__ == "Conv1D" else weight.shape[1]
+    # GPT-2's Conv1D names no width and keeps its weight [in, out]; quantised weights are packed.
+    width = getattr(projection, "in_features", None) or projection.weight.shape[0]
     if not heads or width % heads:
         raise HookPointError(
             f"{point}: {width} columns can't be shared out among {heads} heads; use attn_out"

@@ -184,6 +184,11 @@ def token_clock(
 
 
 def _check_followed(model: nn.Module, prompt_length: int | None) -> None:
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise SteeringError(
+            "the model is compiled (torch.compile), and what is compiled doesn't ask hooks again: "
+            "steer the model as it was loaded, and compile nothing of it while it is steered"
+        )
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise SteeringError(
             f"{type(model).__name__} is an encoder-decoder; only decoders can be steered"

@@ -154,10 +154,15 @@ class Gate:
         if tokens.is_plain is not None:
             holds = holds & tokens.is_plain
         here = tokens.columns.where(holds, never).amin(1)
-        known = self._first if self._prompt == tokens.prompt_index else None
-        if known is not None and tokens.past_length > 0:
-            # What lies at or after this pass's beginning is read anew.
-            known = known.to(here.device)
+        if tokens.past_length > 0:
+            if self._first is None or self._prompt != tokens.prompt_index:
+                raise SteeringError(
+                    f"{self.when}: the cache was filled elsewhere, or for other rows, so what "
+                    "fired before isn't known; run the whole text within the context"
+                )
+            # What lies at or after this pass's beginning is read anew: an assistant's guesses
+            # that were not taken.
+            known = self._first.to(here.device)
             here = torch.minimum(here, known.where(known < tokens.past_length, never))
         self._prompt, self._first = tokens.prompt_index, here
         begun = tokens.columns >= here[:, None]
