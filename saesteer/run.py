@@ -249,14 +249,16 @@ class Run:
 
         Args:
             clamp: feature → what to set it to: "8x" is 8 × its max_act, a number is raw.
-            add: feature → how much of its decoder direction to add, in the same units.
-            vector: name of a saved direction → how many times it is added.
+            add: feature → how much of its decoder direction to add, in the same units, or in
+                those of `saesteer.units`: "0.5n" and "kl0.1".
+            vector: name of a saved direction → how many times it is added, or in those units.
 
         Raises:
             FeatureError: no such feature, or a strength that is none.
             IndexingError: "8x" without an index.
             RunError: no such direction.
         """
+        from saesteer import units
         from saesteer.features.search import strength
         from saesteer.steering.edits import Add, Clamp
 
@@ -268,11 +270,16 @@ class Run:
 
         found: list[Edit] = [Clamp(self.sae, f, raw(f, v)) for f, v in (clamp or {}).items()]
         for feature, value in (add or {}).items():
-            row = self.sae.direction(feature)
-            found.append(Add(row, raw(feature, value), self.sae.write_point))
+            row, point = self.sae.direction(feature), self.sae.write_point
+            if isinstance(value, str) and units.is_relative(value):
+                found.append(Add(row, units.added(self, row, point, value), point))
+            else:
+                found.append(Add(row, raw(feature, value), point))
         for name, value in (vector or {}).items():
             direction = self.load_vector(name)
             times = value.strip().lower().removesuffix("x") if isinstance(value, str) else value
+            if isinstance(times, str) and units.is_relative(times):
+                times = units.added(self, direction.vector, direction.point, times)
             found.append(Add(direction.vector, strength(times, None), direction.point))
         return found
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import saesteer
-from saesteer import fitting, stages
+from saesteer import fitting, stages, units
 from saesteer.core.files import alone
 from saesteer.core.hooks import activations
 from saesteer.core.model import HookPoint
 from saesteer.core.sae import Sae
+from saesteer.effects.damage import Reference
 from saesteer.errors import (
     CacheError,
     ConfigError,
@@ -298,3 +299,21 @@ def test_evaluation_names_its_text(opened, stories):
     figures = stages.evaluate(opened, text=str(stories), tokens=500)
     assert figures["text"] == str(stories)
     assert stages.evaluate(opened)["text"] == "held-out activations of the run"
+
+
+def test_additions_in_units_that_compare(opened, fired):
+    """ "0.5n" is half the layer's mean norm, "kl0.1" what moves the next token by .1 nats."""
+    point = opened.hook_point
+    (by_norm,) = opened.edits(add={fired: "0.5n"})
+    change = float(by_norm.vector.norm()) * by_norm.strength
+    assert change == pytest.approx(0.5 * opened.shards.statistics.mean_norm, rel=1e-5)
+    (by_kl,) = opened.edits(add={fired: "kl0.05"})
+    reference = Reference(
+        opened.model, opened.tokenizer, units.neutral_tokens(opened, units.CONTEXTS)
+    )
+    assert reference.cost([by_kl]).kl == pytest.approx(0.05, rel=0.02)
+    assert units.is_relative("KL0.1") and units.is_relative("2n") and not units.is_relative("8x")
+    with pytest.raises(SteeringError, match="strength 'kl' is none"):
+        opened.edits(add={fired: "kl"})
+    with pytest.raises(CacheError, match="give a plain number"):
+        units.added(opened, by_norm.vector, HookPoint(point.layer + 1, point.site), "1n")

@@ -326,3 +326,15 @@ def test_quantised_linear_layers_are_steered_like_others() -> None:
         assert bool(changed.any(-1).all())
         if site != "head.3":
             torch.testing.assert_close(changed, edit.vector.expand(2, 5, -1))
+
+
+def test_what_the_mask_leaves_out_is_not_steered_whatever_its_id() -> None:
+    """In a bare pass, also after cached ones, padding may be any token."""
+    model, ids = tiny_model(), random_ids(2, 6).clamp(min=4)
+    mask = torch.ones_like(ids)
+    mask[0, 5] = mask[1, 0] = mask[1, 4] = 0
+    with torch.no_grad(), steer(model, Add(vector(), 1.0, MIDDLE)) as receipt:
+        past = model(ids[:, :3], attention_mask=mask[:, :3], use_cache=True).past_key_values
+        model(ids[:, 3:], attention_mask=mask, past_key_values=past)
+    assert receipt.edits[0].counts == [[5, 4]]
+    assert receipt.edits[0].positions == [[[0, 1, 2, 3, 4], [0, 1, 2, 3]]]

@@ -239,9 +239,8 @@ def _neutral(run: Run, texts: Path | None, most: int) -> list[list[int]]:
 
     Raises TextError where the run has no held-out tokens and no file is given.
     """
-    from saesteer import stages
+    from saesteer import stages, units
     from saesteer.effects.damage import token_rows
-    from saesteer.training import rows
     from saesteer.training.text import documents
 
     if texts is not None:
@@ -252,14 +251,7 @@ def _neutral(run: Run, texts: Path | None, most: int) -> list[list[int]]:
             prepend_bos=run.sae.prepend_bos,
             most=run.config.cache.context_size,
         )
-    if run.config.rows.live or not (run.path / "activations" / "manifest.json").exists():
-        raise TextError(
-            f"{run.path} has no held-out tokens to measure costs on; give neutral text with "
-            "--texts FILE"
-        )
-    first = rows.first_evaluated(run.shards.n_contexts, run.config.cache.held_out)
-    batches = run.shards.contexts(first, first + most)
-    return [[int(token) for token in row] for batch in batches for row in batch.tokens]
+    return list(units.neutral_tokens(run, most))
 
 
 def _prompts(
