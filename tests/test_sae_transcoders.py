@@ -15,10 +15,9 @@ from saesteer.core.hooks import capture
 from saesteer.core.model import HookPoint, unembedding
 from saesteer.core.sae import Conventions, Sae, check_fits, load_sae
 from saesteer.core.sae_formats import TRANSCODERS
-from saesteer.errors import HookPointError, ModelError, SaeError, SteeringError
+from saesteer.errors import HookPointError, ModelError, SaeError
 from saesteer.features.weights import logit_lens
 from saesteer.run import Run
-from saesteer.steering.edits import Clamp
 from tests.test_sae import D_IN, D_SAE, POINT, activations, make_sae
 from tests.tiny import WIDTH, random_ids, tiny_model, tiny_tokenizer
 
@@ -249,12 +248,7 @@ def test_check_fits_looks_at_both_ends() -> None:
         check_fits(fitting(), model, OUT, model_id="tiny")
 
 
-def test_a_clamp_of_a_transcoder_is_refused_with_what_to_do() -> None:
-    with pytest.raises(SteeringError, match=r"transcoder from layers\.1\.resid_post.*Add\("):
-        Clamp(fitting(), 3, 1.0)
-
-
-def test_a_run_of_a_transcoder_adds_its_rows_where_it_writes(tmp_path: Path) -> None:
+def test_a_run_of_a_transcoder_adds_and_clamps_where_it_writes(tmp_path: Path) -> None:
     model, ids = tiny_model("llama"), random_ids(2, 7)
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
@@ -266,8 +260,12 @@ def test_a_run_of_a_transcoder_adds_its_rows_where_it_writes(tmp_path: Path) -> 
     with torch.no_grad(), run.steer(add={3: 2.0}), capture(run.model, [OUT]) as found:
         run.model(ids)
     assert torch.equal(found[OUT], before + 2 * sae.direction(3))
-    with pytest.raises(SteeringError, match="transcoder"), run.steer(clamp={3: 2.0}):
-        pass
+    x = streams(run.model, [sae.hook_point], ids)[sae.hook_point]
+    with torch.no_grad(), run.steer(clamp={3: 2.0}) as receipt, capture(run.model, [OUT]) as found:
+        run.model(ids)
+    clamped = before + (2 - sae.activation(x, [3])) * sae.direction(3)
+    torch.testing.assert_close(found[OUT][ids > 3], clamped[ids > 3], atol=1e-4, rtol=0)
+    assert receipt.edits[0].after_mean == 2.0
 
 
 def test_a_logit_lens_reads_rows_that_write_to_the_stream_and_refuses_others() -> None:

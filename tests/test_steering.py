@@ -373,7 +373,7 @@ def test_no_ops_keep_even_the_sign_of_zero(edit: Edit) -> None:
     x = torch.stack([vector(i) for i in range(3)])[None]
     x[..., ::2] = -0.0
     shared = Shared(lambda t, where: where.mask(t), {}, 0, tokens.device)
-    run = compile_point([Placed(edit)], [], shared)
+    run = compile_point(MIDDLE, [Placed(edit)], shared)
     assert torch.equal(run(x, tokens).view(torch.int32), x.view(torch.int32))
 
 

@@ -1,5 +1,7 @@
 """Rows with edits of their own, conditions that last, positions and schedules, in `generate`."""
 
+import dataclasses
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -26,7 +28,8 @@ def vector(seed: int = 0, width: int = WIDTH) -> Tensor:
 
 
 def texts(model: Any, ids: Tensor, edits: Any, **how: Any) -> list[list[int]]:
-    with steer(model, edits):
+    """Greedy texts; without edits those of the model as it is."""
+    with steer(model, edits) if edits else nullcontext():
         return model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY, **how).tolist()
 
 
@@ -338,3 +341,53 @@ def test_what_the_mask_leaves_out_is_not_steered_whatever_its_id() -> None:
         model(ids[:, 3:], attention_mask=mask, past_key_values=past)
     assert receipt.edits[0].counts == [[5, 4]]
     assert receipt.edits[0].positions == [[[0, 1, 2, 3, 4], [0, 1, 2, 3]]]
+
+
+# --- transcoders ---------------------------------------------------------------------------------
+
+
+def transcoder(architecture: str, **conventions: Any) -> Any:
+    sae = tiny_sae(architecture, point=HookPoint(1, "resid_pre"), **conventions)
+    skip = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(9))
+    return dataclasses.replace(sae, hook_point_out=HookPoint(1, "mlp_out"), W_skip=skip)
+
+
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu"])
+def test_a_transcoder_is_read_at_its_input_and_written_at_its_output(architecture: str) -> None:
+    model, ids = tiny_model(), random_ids(2, 5).clamp(min=4)
+    sae = transcoder(architecture, apply_b_dec_to_input=False)
+    points = [sae.hook_point, sae.hook_point_out]
+    with torch.no_grad(), capture(model, points) as plain:
+        model(ids)
+    x, y = (plain[point] for point in points)
+    code = sae.encode(x).dense(sae.d_sae).view(2, 5, -1)
+    expected = y + (3.0 - code[..., 5:6]) * sae.W_dec[5] + code[..., 7:8] * sae.W_dec[7]
+    edits = [Clamp(sae, 5, 3.0), Clamp(sae, 7, 2.0, "scale")]
+    # What is added at its input first comes after the reading.
+    before = Add(vector(), 0.5, sae.hook_point)
+    for some in (edits, [before, *edits], [*edits, before]):
+        with torch.no_grad(), steer(model, some) as receipt, capture(model, points) as found:
+            model(ids)
+        y_now = expected if some is edits else None
+        if y_now is not None:
+            torch.testing.assert_close(found[points[1]], y_now, atol=1e-4, rtol=0)
+        clamp = receipt.edits[some.index(edits[0])]
+        assert clamp.before_mean == pytest.approx(float(code[..., 5].mean()), abs=1e-5)
+        assert clamp.after_mean == 3.0 and clamp.counts == [[5, 5]]
+    rows = texts(model, ids, [edits, []])
+    assert rows == [texts(model, ids[:1], edits)[0], texts(model, ids[1:], [])[0]]
+    assert texts(model, ids, edits, use_cache=False) == texts(model, ids, edits, use_cache=True)
+
+
+def test_a_transcoders_clamp_stays_where_it_belongs() -> None:
+    sae = transcoder("jumprelu", apply_b_dec_to_input=False)
+    with pytest.raises(SteeringError, match="clamped there alone"):
+        Clamp(sae, 5, 1.0, point="layers.0.mlp_out")
+    again = dataclasses.replace(Clamp(sae, 5, 1.0), value=2.0)
+    assert str(again) == "feature 5 set 2 at layers.1.mlp_out"
+    late = When(Projection(vector(), "layers.1.attn_out"), 0.0)
+    with (
+        pytest.raises(SteeringError, match="comes later"),
+        steer(tiny_model(), Clamp(sae, 5, 1.0, when=late)),
+    ):
+        pass

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from saesteer.core.sae import Sae
 from saesteer.core.tokens import Tokens
+from saesteer.errors import SteeringError
 from saesteer.steering.edits import Clamp
 from saesteer.steering.record import Pass
 from saesteer.steering.steps import Chosen, Placed, Shared, alike
@@ -17,6 +19,7 @@ class ClampStep:
     """x + D(Σ (t_i − a_i(x)) W_dec[i]) where chosen: DESIGN.md, law 1.
 
     Clamps of one SAE that follow one another; all read their activations from the same unedited x.
+    A transcoder's are read at its input, before the edits there, and written at its output.
     """
 
     def __init__(self, placed: Sequence[Placed], shared: Shared) -> None:
@@ -32,7 +35,13 @@ class ClampStep:
         column = {feature: i for i, feature in enumerate(features)}
         self._rounds = [_Round(some, column, shared) for some in _distinct(clamps)]
 
-    def __call__(self, x: Tensor, tokens: Tokens) -> Tensor:
+        self._held: _Held | None = None
+        self._apart = sae.hook_point_out is not None
+        if self._apart:
+            shared.readers.setdefault(sae.hook_point, []).append(self.read)
+
+    def read(self, x: Tensor, tokens: Tokens) -> None:
+        """Work out the change from x at the place that the SAE reads."""
         if self._sae.W_dec.device != x.device:
             self._sae = self._sae.to(x.device)
             if isinstance(self._names, Tensor):
@@ -46,11 +55,33 @@ class ClampStep:
             noted.append((clamps, masks, was.detach(), after.detach()))
         difference = after - before
         change = self._sae.write(difference, self._names, wide)
-        for clamps, masks, was, now in noted:
+        touched = (difference != 0).any(-1, keepdim=True)
+        self._held = _Held(tokens, change, touched, noted)
+
+    def __call__(self, x: Tensor, tokens: Tokens) -> Tensor:
+        if not self._apart:
+            self.read(x, tokens)
+        held, self._held = self._held, None
+        if held is None or held.tokens is not tokens:
+            raise SteeringError(
+                f"the transcoder's input at {self._sae.hook_point} was not read before "
+                f"{self._sae.write_point}: this model's parts run in another order"
+            )
+        change = held.change.to(x.device)
+        for clamps, masks, was, now in held.noted:
             clamps.record.note(Pass(tokens, *masks, x, change, was, now))
         # Where nothing is to change, x itself, to the bit.
-        touched = (difference != 0).any(-1, keepdim=True)
-        return torch.where(touched, self._rounds[0].chosen.finished(x, change), x)
+        new = self._rounds[0].chosen.finished(x, change)
+        return torch.where(held.touched.to(x.device), new, x)
+
+
+class _Held(NamedTuple):
+    """The change that clamps make in a pass [batch, seq, d], where, and what there is to note."""
+
+    tokens: Tokens
+    change: Tensor
+    touched: Tensor
+    noted: list[tuple["_Round", tuple[Tensor | None, Tensor | None], Tensor, Tensor]]
 
 
 class _Round:

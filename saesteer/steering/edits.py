@@ -53,8 +53,9 @@ class Clamp(Scope):
     scale t = value · a. `set 0` is ablation.
 
     sae, feature: which feature. point: where, by default where the SAE was trained; a HookPoint
-    or its name. Raises SteeringError for a value that is not a finite number, an unknown `how` or
-    a transcoder, and FeatureError for a feature that the SAE doesn't have.
+    or its name. A transcoder's features are read at its input and written at its output. Raises
+    SteeringError for a value that is not a finite number, an unknown `how` or a transcoder
+    elsewhere, and FeatureError for a feature that the SAE doesn't have.
     """
 
     sae: Sae
@@ -69,12 +70,11 @@ class Clamp(Scope):
                 f"unknown kind of clamp {self.how!r}{did_you_mean(self.how, get_args(How))}: "
                 f"use {', '.join(get_args(How))}"
             )
-        if self.sae.hook_point_out is not None:
+        moved = self.point is not None and _point(self.point) != self.sae.write_point
+        if self.sae.hook_point_out is not None and moved:
             raise SteeringError(
-                f"the SAE is a transcoder from {self.sae.hook_point} to {self.sae.hook_point_out}, "
-                "whose features can't be clamped yet: clamp a feature of an SAE of one place, or "
-                f"add the decoder row, Add(sae.direction({self.feature}), strength, "
-                "sae.write_point)"
+                f"the SAE is a transcoder from {self.sae.hook_point} to {self.sae.hook_point_out}; "
+                "its features can be clamped there alone: leave the point out"
             )
         feature = _whole(self.feature)
         if feature is None or not 0 <= feature < self.sae.d_sae:
@@ -84,7 +84,7 @@ class Clamp(Scope):
             )
         object.__setattr__(self, "feature", feature)
         object.__setattr__(self, "value", _finite(self.value, f"value of feature {feature}"))
-        object.__setattr__(self, "point", _point(self.point or self.sae.hook_point))
+        object.__setattr__(self, "point", _point(self.point or self.sae.write_point))
 
     def __str__(self) -> str:
         number = self.sae.trained_number(self.feature)
@@ -202,7 +202,7 @@ Edit = Clamp | Add | Project | Affine | Rotate
 def width(edit: Edit) -> int:
     """Dimensions of the activation that an edit is made for."""
     if isinstance(edit, Clamp):
-        return edit.sae.d_in
+        return edit.sae.d_out
     if isinstance(edit, Affine):
         return len(edit.shift)
     return len(edit.first if isinstance(edit, Rotate) else edit.vector)
@@ -211,6 +211,13 @@ def width(edit: Edit) -> int:
 def place(edit: Edit) -> HookPoint:
     """The hook point of an edit."""
     return _point(edit.point)
+
+
+def read_at(edit: Edit) -> HookPoint:
+    """Where an edit's activation is read: where it is made, but for a transcoder's clamp."""
+    if isinstance(edit, Clamp) and edit.sae.hook_point_out is not None:
+        return edit.sae.hook_point
+    return place(edit)
 
 
 def _point(point: HookPoint | str | None) -> HookPoint:

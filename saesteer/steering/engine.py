@@ -15,7 +15,7 @@ from saesteer.core.model import decoder_layers, site_module, special_token_ids
 from saesteer.core.tokens import Tokens
 from saesteer.errors import NothingSteeredError, SteeringError
 from saesteer.steering.conditions import Gate, When
-from saesteer.steering.edits import Clamp, Edit, Scope, place, width
+from saesteer.steering.edits import Clamp, Edit, Scope, place, read_at, width
 from saesteer.steering.positions import Positions
 from saesteer.steering.program import compile_point
 from saesteer.steering.receipt import Receipt
@@ -64,14 +64,13 @@ def steer(
     conditions = {id(when): when for one in placed if (when := one.edit.when) is not None}
     gates = {key: Gate(when, device) for key, when in conditions.items()}
     shared = Shared(_Masks(tokenizer, n_rows), gates, n_rows, device)
-    changes = {}
-    points = [*(place(one.edit) for one in placed), *(when.point for when in conditions.values())]
-    for point in dict.fromkeys(points):
-        changes[point] = compile_point(
-            [one for one in placed if place(one.edit) == point],
-            [gate for gate in gates.values() if gate.when.point == point],
-            shared,
-        )
+    for gate in gates.values():
+        shared.readers.setdefault(gate.when.point, []).append(gate.read)
+    points = [*(place(one.edit) for one in placed), *(read_at(one.edit) for one in placed)]
+    changes = {
+        point: compile_point(point, [one for one in placed if place(one.edit) == point], shared)
+        for point in dict.fromkeys([*points, *shared.readers])
+    }
     records = [shared.records[one] for one in placed]
     special = special_token_ids(model, tokenizer)
     with edit_activations(
@@ -125,13 +124,16 @@ def _check(model: nn.Module, edits: Sequence[Edit]) -> None:
             raise SteeringError(
                 f"{type(edit).__name__} is not an edit: use saesteer.Clamp, saesteer.Add, …"
             )
-        point = place(edit)
-        site_module(model, point)
-        size = point_width(model, point)
-        if isinstance(edit, Clamp) and (edit.sae.d_in, edit.sae.d_out) != (size, size):
+        sizes = []
+        for point in (read_at(edit), place(edit)):
+            site_module(model, point)
+            sizes.append(point_width(model, point))
+        size = sizes[1]
+        if isinstance(edit, Clamp) and [edit.sae.d_in, edit.sae.d_out] != sizes:
             raise SteeringError(
                 f"{edit}: the SAE reads {edit.sae.d_in} dimensions and writes {edit.sae.d_out}, "
-                f"and the model has {size} there; was it trained on another model?"
+                f"and the model has {sizes[0]} and {sizes[1]} there; was it trained on another "
+                "model?"
             )
         if width(edit) != size:
             raise SteeringError(
@@ -144,10 +146,10 @@ def _check(model: nn.Module, edits: Sequence[Edit]) -> None:
 
 def _check_condition(model: nn.Module, edit: Edit, when: When) -> None:
     site_module(model, when.point)
-    if when.point.depth > place(edit).depth:
+    if when.point.depth > read_at(edit).depth:
         raise SteeringError(
             f"{edit}: its condition reads {when.point}, which comes later; read it at "
-            f"{place(edit)} or before"
+            f"{read_at(edit)} or before"
         )
     size = point_width(model, when.point)
     if when.reads.width != size:

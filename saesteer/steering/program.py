@@ -9,23 +9,24 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from saesteer.core.model import HookPoint
 from saesteer.core.tokens import Tokens
 from saesteer.steering.clamps import ClampStep
-from saesteer.steering.conditions import Gate
 from saesteer.steering.edits import Add, Clamp, Edit
 from saesteer.steering.steps import AddStep, MapStep, Placed, Shared, Step, alike
 
 
-def compile_point(placed: Sequence[Placed], readings: Sequence[Gate], shared: Shared) -> Step:
+def compile_point(point: HookPoint, placed: Sequence[Placed], shared: Shared) -> Step:
     """One function x [batch, seq, d], tokens → x for all edits at one place, in order.
 
-    readings: conditions that are read there, before any of the edits.
+    What is only read there is read first.
     """
     steps = [_step(group, shared) for group in _groups(placed)]
+    readers = shared.readers.setdefault(point, [])
 
     def run(x: Tensor, tokens: Tokens) -> Tensor:
-        for gate in readings:
-            gate.read(x, tokens)
+        for read in readers:
+            read(x, tokens)
         for step in steps:
             x = step(x, tokens)
         return x

@@ -108,7 +108,7 @@ class Record:
 
     def note(self, one: Pass) -> None:
         """Take down one forward pass; adding up is put off, so that this costs next to nothing."""
-        if one.x.requires_grad or one.x.numel() > _SMALL:
+        if one.x.requires_grad or one.change.requires_grad or one.x.numel() > _SMALL:
             # What is put off must not keep large activations, or a graph, alive.
             change = one.change.detach()
             change = _norm(change)[..., None] if change.dim() > 1 else change

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from saesteer.core.model import HookPoint
 from saesteer.core.tokens import Tokens
 from saesteer.steering.conditions import Gate
 from saesteer.steering.edits import Add, Affine, Edit, Project, Rotate, Scope
@@ -19,6 +20,7 @@ from saesteer.steering.record import Pass, Record
 
 Masks = Callable[[Tokens, Positions], Tensor | None]
 Step = Callable[[Tensor, Tokens], Tensor]
+Reader = Callable[[Tensor, Tokens], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +44,8 @@ class Shared:
     masks: the chosen tokens of a pass, for a `Positions`. gates: conditions at work, by their id.
     rows: how many rows have edit lists of their own; 0 where all rows have the same. records: of
     each edit, the record that it is in and its place there; wheres: of equal positions, the one
-    object that stands for them; the steps fill both.
+    object that stands for them; readers: what looks at the activation at a place before the
+    edits there: conditions, and the inputs of transcoders. The steps fill all three.
     """
 
     masks: Masks
@@ -51,6 +54,7 @@ class Shared:
     device: torch.device
     records: Records = field(default_factory=dict)
     wheres: dict[Positions, Positions] = field(default_factory=dict)
+    readers: dict[HookPoint, list[Reader]] = field(default_factory=dict)
 
     def record(self, placed: Sequence[Placed], columns: Sequence[int] | None = None) -> Record:
         """A new record of edits that act at once, which `records` then knows."""
