@@ -326,3 +326,22 @@ def test_a_generate_that_fails_leaves_the_clock_right() -> None:
 
     (tokens,) = watch(model, run)
     assert not tokens.is_generated.any()
+
+
+def test_the_text_so_far_forgets_what_was_taken_back() -> None:
+    """As an assistant's guesses are: the cache is cut, and other tokens follow."""
+    model, ids = tiny_model(), random_ids(2, 6)
+    seen = []
+
+    def look(x: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        seen.append(tokens.history.clone())
+        return x
+
+    with torch.no_grad(), edit(model, {HookPoint(1, "resid_post"): look}):
+        cache = model(ids, use_cache=True).past_key_values
+        cache.crop(-2)
+        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, 3:5], past_key_values=cache)
+    expected = torch.cat([ids[:, :4], ids[:, :1], ids[:, 3:5]], 1)
+    assert torch.equal(seen[0], ids)
+    assert torch.equal(seen[1], expected[:, :5]) and torch.equal(seen[2], expected)
