@@ -337,7 +337,7 @@ class Run:
 
         path = self.vector_path(name)
         if not path.exists():
-            known = sorted(p.stem for p in path.parent.glob("*.safetensors"))
+            known = sorted(p.stem for p in path.parent.glob("*.safetensors") if "." not in p.stem)
             raise RunError(
                 f"{self.path} has no vector {name!r}"
                 + (f"; it has {', '.join(known)}" if known else "")

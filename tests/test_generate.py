@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from saesteer.core.generate import GumbelRows, generate
+from saesteer.core.generate import GumbelRows, Stream, generate, write
 from saesteer.errors import TextError
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import BOS, EOS, PAD, tiny_model, tiny_tokenizer
 
 PROMPTS = ["the boy saw a ship", "she", "once upon a time there was the old sea"]
 
@@ -73,3 +73,63 @@ def test_a_tokenizer_without_pad_or_eos_works(pair):
     texts = generate(model, bare, PROMPTS[:2], max_new_tokens=4)
     alone = [generate(model, bare, [p], max_new_tokens=4)[0] for p in PROMPTS[:2]]
     assert texts == alone
+
+
+def test_what_was_written_is_told_as_tokens_and_as_text(pair):
+    model, tokenizer = pair
+    found = write(model, tokenizer, PROMPTS, seed=[5, 6, 7], max_new_tokens=12)
+    assert [one.text for one in found] == generate(
+        model, tokenizer, PROMPTS, seed=[5, 6, 7], max_new_tokens=12
+    )
+    for prompt, one in zip(PROMPTS, found, strict=True):
+        assert one.prompt == (BOS, *tokenizer(prompt)["input_ids"])
+        assert one.text == prompt + one.reply
+        assert one.text == tokenizer.decode([*one.prompt, *one.new], skip_special_tokens=True)
+
+
+def test_nothing_is_told_behind_the_end_token(pair):
+    model, tokenizer = pair
+    # Of these, some end before others, and are then padded.
+    found = write(model, tokenizer, ["the boy"] * 40, seed=range(40), max_new_tokens=24)
+    ended = [one for one in found if EOS in one.new]
+    assert 0 < len(ended) < 40 and len({len(one.new) for one in ended}) > 1
+    for one in ended:
+        assert one.new.index(EOS) == len(one.new) - 1
+    (alone,) = write(model, tokenizer, ["the boy"], seed=found.index(ended[0]), max_new_tokens=24)
+    assert alone == ended[0]
+    bare = tokenizer_without_specials()
+    again = write(model, bare, [[BOS, *tokenizer("the boy")["input_ids"]]] * 40, seed=range(40),
+                  max_new_tokens=24)  # fmt: skip
+    assert [one.new for one in again] == [one.new for one in found]
+
+
+def tokenizer_without_specials():
+    return tiny_tokenizer(bos=False, eos=False, pad=False)
+
+
+def test_rows_of_ids_are_taken_as_they_are(pair):
+    model, tokenizer = pair
+    ids = [PAD + 9, BOS, 12, 30]
+    (one,) = write(model, tokenizer, [ids], max_new_tokens=3)
+    assert one.prompt == tuple(ids)
+    (text,) = write(model, tokenizer, ["the boy"], max_new_tokens=3)
+    assert write(model, tokenizer, [text.prompt], max_new_tokens=3) == [text]
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_text_is_handed_on_while_it_is_written(pair, skip):
+    model, tokenizer = pair
+    pieces = []
+    stream = Stream(tokenizer, pieces.append, skip_prompt=skip)
+    (one,) = write(model, tokenizer, PROMPTS[:1], seed=4, max_new_tokens=8, streamer=stream)
+    assert "".join(pieces).split() == (one.reply if skip else one.text).split()
+    assert len(pieces) > 4
+    (plain,) = write(model, tokenizer, PROMPTS[:1], seed=4, max_new_tokens=8)
+    assert plain == one
+    with pytest.raises(TextError, match="3 prompts can't be streamed"):
+        generate(model, tokenizer, PROMPTS, streamer=stream)
+
+
+def test_no_prompt_is_an_error(pair):
+    with pytest.raises(TextError, match="no prompt to continue"):
+        generate(*pair, [])

@@ -1,15 +1,17 @@
 """The receipt's numbers, recomputed by hand."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
 
 from saesteer.core.hooks import activations, capture
 from saesteer.core.model import HookPoint
-from saesteer.steering.edits import Add, Clamp
+from saesteer.steering.edits import Add, Clamp, Project
 from saesteer.steering.engine import steer
 from saesteer.steering.positions import Positions
+from saesteer.steering.schedules import Linear
 from tests.tiny import BOS, EOS, PAD, WIDTH, random_ids, tiny_model, tiny_sae
 
 POINT = HookPoint(1, "resid_post")
@@ -168,3 +170,26 @@ def test_a_clamp_shares_its_change_with_its_neighbours_only() -> None:
     change = -other.activation(x, [5]) @ other.W_dec[[5]]
     size = (change.norm(dim=-1) / x.norm(dim=-1)).mean()
     assert receipt.edits[1].relative_size == pytest.approx(float(size), rel=1e-4)
+
+
+@pytest.mark.parametrize("how", [{"schedule": Linear(0.5, 0.5)}, {"keep_norm": True}])
+def test_the_size_is_that_of_the_change_made(how: dict[str, Any]) -> None:
+    """Also where a schedule weakens it, or a norm is kept."""
+    model, ids = tiny_model(), random_ids(2, 5).clamp(min=4)
+    point = HookPoint(1, "resid_post")
+    direction = torch.randn(WIDTH, generator=torch.Generator().manual_seed(0))
+    rows = [[Add(direction, 2.0, point, **how)], [Add(direction, 1.0, point, **how)]]
+    sae = tiny_sae()
+    kinds: list[Any] = [
+        rows[0], rows, [Project(direction, point, 3.0, **how)], [Clamp(sae, 5, 9.0, **how)]
+    ]  # fmt: skip
+    with torch.no_grad(), capture(model, [point]) as found:
+        model(ids)
+    x = found[point]
+    for edits in kinds:
+        with torch.no_grad(), steer(model, edits) as receipt, capture(model, [point]) as found:
+            model(ids)
+        sizes = (found[point] - x).norm(dim=-1) / x.norm(dim=-1)
+        for edit in receipt.edits:
+            mine = sizes if edit.row is None else sizes[edit.row]
+            assert edit.relative_size == pytest.approx(float(mine.mean()), rel=1e-4)

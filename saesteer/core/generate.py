@@ -5,14 +5,52 @@ one generator a row. So a row's text depends on its seed alone, not on what else
 and a baseline and a steered text with one seed differ only where their distributions do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import LongTensor, Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from saesteer.errors import SteeringError, TextError
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A prompt and what was written after it.
+
+    Attributes:
+        prompt: its token ids, BOS included; new: those written, the end token included where the
+            model wrote one, and nothing behind it.
+        text: both together as text; reply: what was written alone. Without special tokens.
+    """
+
+    prompt: tuple[int, ...]
+    new: tuple[int, ...]
+    text: str
+    reply: str
+
+
+class Stream(TextStreamer):
+    """Hands on one row's text while it is generated, a word at a time.
+
+    write: gets each piece of text. skip_prompt: whether only what is new is handed on.
+    """
+
+    def __init__(
+        self, tokenizer: Any, write: Callable[[str], None], *, skip_prompt: bool = False
+    ) -> None:
+        super().__init__(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
+        self._write = write
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """What transformers calls with each piece."""
+        if text:
+            self._write(text)
 
 
 class GumbelRows(LogitsProcessor):
@@ -45,9 +83,11 @@ def _finite(input_ids: LongTensor, scores: Tensor) -> Tensor:
 
 
 def prompt_ids(
-    tokenizer: Any, prompts: Sequence[str], *, prepend_bos: bool
+    tokenizer: Any, prompts: Sequence[Prompt], *, prepend_bos: bool
 ) -> tuple[list[list[int]], int]:
     """Token ids of each prompt, a BOS before them where the tokenizer has one, and a pad id.
+
+    Prompts that are token ids already (a chat, as its template writes it) stay as they are.
 
     Raises:
         TextError: a prompt is empty and there is no BOS to stand for it.
@@ -55,9 +95,12 @@ def prompt_ids(
     bos = tokenizer.bos_token_id if prepend_bos else None
     rows = []
     for prompt in prompts:
-        ids = list(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
-        if bos is not None and ids[:1] != [bos]:
-            ids = [bos, *ids]
+        if isinstance(prompt, str):
+            ids = list(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
+            if bos is not None and ids[:1] != [bos]:
+                ids = [bos, *ids]
+        else:
+            ids = [int(i) for i in prompt]
         if not ids:
             raise TextError("an empty prompt, and no BOS token to stand for it; write some text")
         rows.append(ids)
@@ -68,25 +111,58 @@ def prompt_ids(
 def generate(
     model: PreTrainedModel,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int = 40,
     temperature: float = 1.0,
     seed: int | Sequence[int] = 0,
     prepend_bos: bool = True,
+    streamer: BaseStreamer | None = None,
 ) -> list[str]:
-    """Continue each prompt; the texts returned begin with their prompts.
+    """Continue each prompt; the texts returned begin with their prompts. See `write`."""
+    written = write(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        prepend_bos=prepend_bos,
+        streamer=streamer,
+    )
+    return [one.text for one in written]
+
+
+def write(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 40,
+    temperature: float = 1.0,
+    seed: int | Sequence[int] = 0,
+    prepend_bos: bool = True,
+    streamer: BaseStreamer | None = None,
+) -> list[Written]:
+    """Continue each prompt, and tell token ids and text.
 
     Args:
+        prompts: texts, or rows of token ids, which are taken as they are.
         temperature: 0 is greedy.
         seed: one for every row, or one a row. A row's text depends on its own seed only.
+        streamer: told of the tokens as they come, such as a `Stream`; for one prompt.
 
     Raises:
-        TextError: an empty prompt, a prompt that leaves no room, or seeds that do not match.
+        TextError: no prompt or an empty one, a prompt that leaves no room, seeds that do not match,
+            or a streamer for several prompts.
     """
     seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+    if not prompts:
+        raise TextError("no prompt to continue; give one at least")
     if len(seeds) != len(prompts):
         raise TextError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one seed a prompt")
+    if streamer is not None and len(prompts) != 1:
+        raise TextError(f"{len(prompts)} prompts can't be streamed; give one, or no streamer")
     if not 0 <= temperature <= 100:
         raise TextError(f"temperature {temperature:g} is not between 0 and 100; 0 is greedy")
     if max_new_tokens < 1:
@@ -113,9 +189,29 @@ def generate(
             num_beams=1,
             pad_token_id=pad,
             logits_processor=LogitsProcessorList(sampling),
+            streamer=streamer,
         )
-    texts = []
-    for row, full in zip(rows, out.tolist(), strict=True):
-        new = full[longest:]
-        texts.append(tokenizer.decode(row + new, skip_special_tokens=True))
-    return texts
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    return [
+        _written(tokenizer, row, _ended(full[longest:], ends))
+        for row, full in zip(rows, out.tolist(), strict=True)
+    ]
+
+
+def _ended(new: list[int], ends: set[int]) -> list[int]:
+    """Up to and with the first end token: rows that have ended are padded while others go on."""
+    stop = next((i + 1 for i, token in enumerate(new) if token in ends), len(new))
+    return new[:stop]
+
+
+def _written(tokenizer: Any, prompt: list[int], new: list[int]) -> Written:
+    whole = tokenizer.decode([*prompt, *new], skip_special_tokens=True)
+    head = tokenizer.decode(prompt, skip_special_tokens=True)
+    # Decoders drop the space that begins a text, so the reply is what the whole has behind the
+    # prompt; where the two don't join so, it is decoded alone.
+    if whole.startswith(head):
+        reply = whole[len(head) :]
+    else:
+        reply = tokenizer.decode(new, skip_special_tokens=True)
+    return Written(tuple(prompt), tuple(new), whole, reply)

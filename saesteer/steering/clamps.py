@@ -31,7 +31,6 @@ class ClampStep:
             # Only the chosen columns are ever needed, and only they are moved.
             sae, self._names = sae.narrowed(features), slice(None)
         self._sae = sae.to(shared.device, torch.float32)
-        self._keep_norm = clamps[0][1].keep_norm
         column = {feature: i for i, feature in enumerate(features)}
         self._rounds = [_Round(some, column, shared) for some in _distinct(clamps)]
 
@@ -67,12 +66,14 @@ class ClampStep:
                 f"the transcoder's input at {self._sae.hook_point} was not read before "
                 f"{self._sae.write_point}: this model's parts run in another order"
             )
-        change = held.change.to(x.device)
+        change, chosen = held.change.to(x.device), self._rounds[0].chosen
+        # Where nothing is to change, x itself, to the bit.
+        new = torch.where(held.touched.to(x.device), chosen.finished(x, change), x)
+        if chosen.keep_norm:
+            change = new - x
         for clamps, masks, was, now in held.noted:
             clamps.record.note(Pass(tokens, *masks, x, change, was, now))
-        # Where nothing is to change, x itself, to the bit.
-        new = self._rounds[0].chosen.finished(x, change)
-        return torch.where(held.touched.to(x.device), new, x)
+        return new
 
 
 class _Held(NamedTuple):

@@ -88,7 +88,7 @@ class Clamp(Scope):
 
     def __str__(self) -> str:
         number = self.sae.trained_number(self.feature)
-        return f"feature {number} {self.how} {self.value:g} at {self.point}"
+        return f"feature {number} {self.how} {self.value:.4g} at {self.point}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +110,7 @@ class Add(Scope):
         object.__setattr__(self, "point", _point(self.point))
 
     def __str__(self) -> str:
-        return f"add {self.strength:g} × vector at {self.point}"
+        return f"add {self.strength:.4g} × vector at {self.point}"
 
 
 @dataclass(frozen=True, eq=False)

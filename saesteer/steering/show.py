@@ -19,6 +19,8 @@ _CODES = re.compile("\033\\[[0-9;]*m")
 # Readings from this part of the highest on are bold in a terminal.
 _STRONG = 0.5
 _BARS = " ▁▂▃▄▅▆▇█"
+# Tokens that are decoded at a time, so that a long text takes time in proportion to its length.
+_WINDOW = 128
 
 
 class _Cell(NamedTuple):
@@ -74,21 +76,29 @@ def html(
     put into any page, light or dark.
     """
     whole, top = _whole(trace, last), _top(trace) if top is None else top
-    parts = []
+    parts, marked = [], False
     for token, text in zip(whole, _texts(whole, tokenizer), strict=True):
-        style = "border-bottom:2px solid #c2410c;" if token.edited else ""
+        line = "border-bottom:2px solid #c2410c;" if token.edited else ""
+        shade = ""
         if token.before is not None and top > 0 and token.before > 0:
             share = min(1.0, token.before / top)
-            style += f"background:rgba(234,88,12,{0.5 * share:.2f});"
+            shade = f"background:rgba(234,88,12,{0.5 * share:.2f});"
         title = "" if token.before is None else f"reads {token.before:.3g}"
         if token.edited and token.after is not None:
             title += f"{', ' if title else ''}set to {token.after:.3g}"
-        attributes = (f' style="{style}"' if style else "") + (
-            f' title="{escape(title)}"' if title else ""
-        )
-        body = escape(text)
-        parts.append(f"<span{attributes}>{body}</span>" if attributes and body else body)
+        word = text.lstrip()
+        # The space before a word is no part of what is marked, but for a stretch of marked words.
+        space = text[: len(text) - len(word)]
+        parts.append(_span(space, line if marked else "", ""))
+        parts.append(_span(word, line + shade, title))
+        marked = token.edited if text else marked
     return f'<p style="white-space:pre-wrap;overflow-wrap:anywhere">{"".join(parts)}</p>'
+
+
+def _span(text: str, style: str, title: str) -> str:
+    attributes = f' style="{style}"' if style else ""
+    attributes += f' title="{escape(title)}"' if title else ""
+    return f"<span{attributes}>{escape(text)}</span>" if attributes and text else escape(text)
 
 
 def columns(
@@ -239,6 +249,9 @@ def _texts(trace: Sequence[TokenTrace], tokenizer: Any) -> list[str]:
         _shorten(texts, len(before) - common)  # such as the space before a full stop
         texts.append(whole[common:])
         before = whole
+        if len(known) > _WINDOW:  # what follows depends on few tokens before it
+            known = known[-_WINDOW // 4 :]
+            before = tokenizer.decode(known)
     return [clean(text) for text in texts]
 
 

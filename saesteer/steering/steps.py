@@ -146,13 +146,15 @@ class AddStep:
             self._sizes = self._sizes.to(x.device)
             self._has = None if self._has is None else self._has.to(x.device)
         eligible, mask = self._chosen.masks(tokens)
-        self._record.note(Pass(tokens, eligible, mask, x, self._sizes))
+        factor = self._chosen.factor(tokens)
+        # Everywhere the same, and so known beforehand, but for a schedule or a norm to keep.
+        alike = self._nothing or (factor is None and not self._chosen.keep_norm)
+        if alike:
+            self._record.note(Pass(tokens, eligible, mask, x, self._sizes))
         if self._nothing:
             return x
-        change = self._change
-        factor = self._chosen.factor(tokens)
-        if factor is not None or self._chosen.keep_norm:
-            change = self._exact.to(x.device)
+        noted = mask
+        change = self._change if alike else self._exact.to(x.device)
         if self._has is not None:
             rows = tokens.source_rows
             change = change[rows][:, None]
@@ -161,6 +163,8 @@ class AddStep:
         if factor is not None:
             change = change * factor
         new = self._chosen.finished(x, change)
+        if not alike:
+            self._record.note(Pass(tokens, eligible, noted, x, new - x))
         return new if mask is None else torch.where(mask[..., None], new, x)
 
 
@@ -202,7 +206,7 @@ class MapStep:
             read = self._tensors[0].detach()
             before, after = (x.detach().float() @ read)[..., None], (new.detach().float() @ read)
             after = after[..., None]
-        self._record.note(Pass(tokens, eligible, noted, x, change, before, after))
+        self._record.note(Pass(tokens, eligible, noted, x, new - x, before, after))
         return new if mask is None else torch.where(mask[..., None], new, x)
 
     def _change(self, x: Tensor) -> Tensor:

@@ -1,0 +1,292 @@
+"""What `saesteer steer` is told on the command line, made into edits, positions and prompts."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from saesteer.errors import FeatureError, RunError, SteeringError, TextError
+from saesteer.run import Run
+
+if TYPE_CHECKING:
+    from saesteer.core.generate import Prompt
+    from saesteer.steering.conditions import When
+    from saesteer.steering.edits import Edit
+    from saesteer.steering.positions import Positions
+    from saesteer.steering.schedules import Schedule
+
+ROLES = ("system", "user", "assistant")
+_SUFFIX = ".steer.safetensors"
+_CONDITION = re.compile(r"\s*([0-9]+)\s*>\s*(\S+)\s*")
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the edits are, as it was written: FEATURE=STRENGTH, NAME=STRENGTH."""
+
+    clamp: tuple[str, ...]
+    add: tuple[str, ...]
+    vector: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.clamp or self.add or self.vector)
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{name} {value}"
+            for name in ("clamp", "add", "vector")
+            for value in getattr(self, name)
+        )
+
+    @property
+    def first_feature(self) -> int | None:
+        """The feature that is named first, of clamps before additions."""
+        values = [*settings(self.clamp, "clamp"), *settings(self.add, "add")]
+        return _feature(values[0][0]) if values else None
+
+    def edits(self, run: Run) -> "list[Edit]":
+        """Clamps, then additions, then vectors."""
+        return run.edits(
+            clamp={_feature(key): value for key, value in settings(self.clamp, "clamp")},
+            add={_feature(key): value for key, value in settings(self.add, "add")},
+            vector=dict(settings(self.vector, "vector")),
+        )
+
+
+@dataclass(frozen=True)
+class Scoped:
+    """Where, when and how much, for all edits of a command line; see its help."""
+
+    where: Literal["both", "prompt", "generated"] = "both"
+    first: int | None = None
+    last: int | None = None
+    after: str | None = None
+    every: int = 1
+    special: bool = False
+    condition: str | None = None
+    lasting: Literal["while", "from", "until"] = "while"
+    fade: str | None = None
+    keep_norm: bool = False
+
+    def check(self, edits: Given, loaded: Sequence[str]) -> None:
+        """Refuse what would have no effect."""
+        if self.lasting != "while" and self.condition is None:
+            raise SteeringError(
+                f"--lasting {self.lasting} is about a condition; give one, --if '88>2.5'"
+            )
+        if not edits and loaded and self != Scoped():
+            raise SteeringError(
+                "--load brings its own positions and conditions; give --where, --if and the like "
+                "with --clamp, --add or --vector, or save the edits anew"
+            )
+
+    def positions(self) -> "Positions":
+        """The tokens that are chosen. SteeringError where that is none."""
+        from saesteer.steering.positions import Positions
+
+        return Positions(
+            prompt=self.where != "generated",
+            generated=self.where != "prompt",
+            special=self.special,
+            first=self.first,
+            last=self.last,
+            after=self.after,
+            every=self.every,
+        )
+
+    def applied(self, edits: "Sequence[Edit]", run: Run) -> "list[Edit]":
+        """The edits with their positions, condition and schedule."""
+        about: dict[str, Any] = {
+            "where": self.positions(),
+            "when": None if self.condition is None else self._when(self.condition, run),
+            "schedule": None if self.fade is None else schedule(self.fade),
+            "keep_norm": self.keep_norm,
+        }
+        return [replace(edit, **about) for edit in edits]
+
+    def _when(self, condition: str, run: Run) -> "When":
+        from saesteer.steering.conditions import Feature, When
+
+        match = _CONDITION.fullmatch(condition)
+        if match is None:
+            raise SteeringError(
+                f"--if {condition!r} is not FEATURE>NUMBER; write it in quotes (a shell takes > "
+                "for a file), --if '88>2.5' or --if '88>0.5x'"
+            )
+        # As for --add: 0.5x is half of the feature's highest activation in the index.
+        (edit,) = run.edits(add={int(match[1]): match[2]})
+        reads = Feature(run.sae, int(match[1]))
+        return When(reads, above=float(getattr(edit, "strength")), lasting=self.lasting)  # noqa: B009
+
+
+def schedule(text: str) -> "Schedule":
+    """linear:40 or decay:20. SteeringError where it is neither."""
+    from saesteer.steering.schedules import Decay, Linear
+
+    kind, _, tokens = text.partition(":")
+    if kind == "linear" and tokens.isdecimal():
+        return Linear(over=int(tokens))
+    try:
+        if kind == "decay":
+            return Decay(float(tokens))
+    except ValueError:
+        pass
+    raise SteeringError(
+        f"--fade {text!r} is not linear:TOKENS or decay:TOKENS; linear:40 falls to nothing over 40 "
+        "generated tokens, decay:20 halves every 20"
+    )
+
+
+def multiples(text: str) -> list[float]:
+    """0,2,4,8 → numbers, in the order given. SteeringError where one is none."""
+    try:
+        found = [float(part.strip().lower().removesuffix("x")) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(abs(value) < float("inf") for value in found):
+        raise SteeringError(f"--sweep {text!r} is no list of numbers, such as 0,2,4,8,16")
+    return list(dict.fromkeys(found))
+
+
+def settings(values: Sequence[str], option: str) -> list[tuple[str, str]]:
+    """KEY=STRENGTH each, as pairs. SteeringError for another form, or a key given twice."""
+    found: list[tuple[str, str]] = []
+    for value in values:
+        key, equals, strength = value.partition("=")
+        if not (key and equals and strength):
+            what = "NAME=STRENGTH" if option == "vector" else "FEATURE=STRENGTH"
+            raise SteeringError(f"--{option} {value!r} is not {what}, such as 12=8x")
+        key = str(int(key)) if key.isdecimal() and option != "vector" else key
+        if key in (k for k, _ in found):
+            raise SteeringError(f"--{option} {key} is given twice; give it one strength")
+        found.append((key, strength))
+    return found
+
+
+def _feature(text: str) -> int:
+    if not text.isdecimal():
+        raise FeatureError(f"{text!r} is not a feature's number; saesteer search finds one")
+    return int(text)
+
+
+def saved_path(run: Run, name: str) -> Path:
+    """Where edits of that name are kept. RunError where it can't be a file's name."""
+    if not name or Path(name).name != name or name.startswith("."):
+        raise RunError(f"{name!r} is not a name for edits; use letters, digits and dashes")
+    return run.path / "steers" / f"{name}{_SUFFIX}"
+
+
+def loaded(run: Run, name: str) -> "list[Edit]":
+    """Edits from a file, or from those that the run keeps, by name.
+
+    Raises:
+        RunError: there is no such file or name. SteeringError: it can't be used with this model.
+    """
+    from saesteer.steering.artifact import load_edits, read_document
+
+    path = Path(name)
+    if path.suffix != ".safetensors" and not path.is_file():
+        path = saved_path(run, name)
+    if not path.is_file():
+        folder = run.path / "steers"
+        known = sorted(p.name.removesuffix(_SUFFIX) for p in folder.glob(f"*{_SUFFIX}"))
+        raise RunError(
+            f"no edits at {path}; {run.path} keeps {', '.join(known) or 'none'}; save some with "
+            "--save NAME"
+        )
+    hashes = {sae["hash"] for sae in read_document(path)["saes"]}
+    ours = bool(hashes) and run.sae.hash in hashes
+    return load_edits(path, run.model, sae=run.sae if ours else None)
+
+
+def chat(
+    run: Run, prompt: str, *, system: str | None, roles: Sequence[str]
+) -> "tuple[Prompt, Positions | None]":
+    """A user's turn as the chat template writes it, and the positions of some roles in it.
+
+    roles: empty for no positions.
+
+    Raises:
+        TextError: the tokenizer has no template, or the template refuses the turns.
+        SteeringError: no turn has one of the roles.
+    """
+    from jinja2 import TemplateError
+
+    from saesteer.steering.positions import of_roles
+
+    tokenizer: Any = run.tokenizer
+    if not getattr(tokenizer, "chat_template", None):
+        raise TextError(
+            f"the tokenizer of {run.config.model.id} has no chat template, so --chat can't be "
+            "used; leave it out, or take a model that was trained for chats"
+        )
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages.append({"role": "user", "content": prompt})
+    try:
+        ids = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        where = of_roles(tokenizer, messages, roles) if roles else None
+    except TemplateError as error:
+        raise TextError(
+            f"the chat template of {run.config.model.id} refuses these turns ({error}); try it "
+            "without --system"
+        ) from error
+    return list(ids), where
+
+
+def roles_of(text: str | None) -> tuple[str, ...]:
+    """user,assistant → names. SteeringError for one that is none."""
+    found = tuple(part.strip() for part in (text or "").split(",") if part.strip())
+    if text is not None and (not found or set(found) - set(ROLES)):
+        raise SteeringError(f"--roles {text!r}: name some of {', '.join(ROLES)}, a comma between")
+    return found
+
+
+def narrowed(edit: "Edit", where: "Positions | None") -> "Edit":
+    """The edit for those of its own positions that are in `where`, of one chat."""
+    if where is None:
+        return edit
+    if edit.where.spans is not None:
+        raise SteeringError(
+            f"{edit} was saved for certain positions ({edit.where}), which --roles can't narrow; "
+            "leave --roles out"
+        )
+    generated = edit.where.generated and where.generated
+    if not (edit.where.prompt or generated):
+        raise SteeringError(
+            "--where generated chooses the assistant's tokens, and --roles leaves them out; add "
+            "assistant to --roles, or leave one of the two out"
+        )
+    return replace(edit, where=replace(edit.where, spans=where.spans, generated=generated))
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line, or of a .jsonl file each line's "prompt". TextError for what is none."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise TextError(f"no file of prompts {path}; give one prompt a line") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise TextError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        if path.suffix != ".jsonl":
+            prompts.append(line)
+            continue
+        try:
+            found = json.loads(line)["prompt"]
+            if not isinstance(found, str):
+                raise TypeError
+            prompts.append(found)
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise TextError(
+                f'{path} line {number} is not a JSON object with a "prompt"; mend the line'
+            ) from None
+    if not prompts:
+        raise TextError(f"{path} holds no prompt; give one a line")
+    return prompts
