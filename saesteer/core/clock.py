@@ -63,6 +63,7 @@ class TokenClock:
         self._special = frozenset(special_ids)
         self._prompt_length = prompt_length
         self._generation: _Generation | None = None
+        self._prompt_mask: Tensor | None = None  # the generation's, for all rows of its passes
         self._tokens: Tokens | None = None
         self._inside = False  # within a forward pass of the whole model
         self._seen = 0  # columns of the present prompt that some pass has covered
@@ -142,20 +143,23 @@ class TokenClock:
                 "unknown: give the model a two-dimensional mask"
             )
         # With a static cache, `generate` makes its masks itself; only its own prompt has padding.
-        prompt = self._generation.mask
-        if prompt is None:
+        given = self._generation.mask
+        if given is None:
             return None
-        prompt = prompt.repeat_interleave(batch // len(prompt), 0)[:, :width]
+        if self._prompt_mask is None or len(self._prompt_mask) != batch:
+            self._prompt_mask = given.repeat_interleave(batch // len(given), 0)
+        prompt = self._prompt_mask[:, :width]
         return nn.functional.pad(prompt, (0, width - prompt.shape[1]), value=1)
 
     @contextmanager
     def _generating(self, generation: _Generation) -> Iterator[None]:
-        before = self._generation
+        before, self._prompt_mask = self._generation, None
         self._generation, self._seen, self._rows, self._ids = generation, 0, 0, _Ids()
         try:
             yield
         finally:
-            self._generation, self._seen, self._rows, self._ids = before, 0, 0, _Ids()
+            self._generation, self._prompt_mask = before, None
+            self._seen, self._rows, self._ids = 0, 0, _Ids()
 
 
 @contextmanager
@@ -213,7 +217,7 @@ def _listen(stack: ExitStack, module: nn.Module, clock: TokenClock, *, outermost
         if clock._inside and not outermost:
             return
         clock._tokens = None
-        clock.tick({**dict(zip(names, args, strict=False)), **kwargs})
+        clock.tick({**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs)
         clock._inside = owner[0] = True
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -266,7 +270,8 @@ def _read_generation(
         return _Generation(1, None, 1, beams)  # generate starts from the BOS token alone
     rows, width = prompt.shape[:2]
     if isinstance(mask, Tensor) and mask.dim() == 2:
-        return _Generation(width, mask, rows, beams)
+        # Without padding there is nothing to keep in step with each pass.
+        return _Generation(width, None if bool(mask.all()) else mask, rows, beams)
     pad, eos = setting("pad_token_id"), setting("eos_token_id")
     # As generate does it: without a mask, pad tokens are padding if they can't be EOS.
     if mask is None and embeds is None and isinstance(pad, int):
