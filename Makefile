@@ -40,12 +40,12 @@ format: setup  ## let ruff mend what it can
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
 bench: setup  ## time steering, training and caching, and write benchmarks/RESULTS.md
-	$(BIN)/python benchmarks/main_job.py
 	@# A peer that can't be installed is printed as not run.
 	-$(BIN)/python -m pip install --quiet --no-deps --upgrade \
 		--target build/peers/dictionary_learning -r benchmarks/peers/dictionary_learning.txt
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/caching.py
+	$(BIN)/python benchmarks/steering.py
 
 clean:  ## remove what was built (not .venv, not runs/)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -259,28 +259,20 @@ class Run:
             RunError: no such direction.
         """
         from saesteer import units
-        from saesteer.features.search import strength
         from saesteer.steering.edits import Add, Clamp
 
-        def raw(feature: int, value: Strength) -> float:
-            if isinstance(value, str) and value.strip().lower().endswith("x"):
-                self._check_index()
-                return self.index.strength(feature, value)
-            return strength(value, None, feature=feature)
-
-        found: list[Edit] = [Clamp(self.sae, f, raw(f, v)) for f, v in (clamp or {}).items()]
+        found: list[Edit] = [
+            Clamp(self.sae, feature, units.of_feature(self, feature, value))
+            for feature, value in (clamp or {}).items()
+        ]
         for feature, value in (add or {}).items():
             row, point = self.sae.direction(feature), self.sae.write_point
-            if isinstance(value, str) and units.is_relative(value):
-                found.append(Add(row, units.added(self, row, point, value), point))
-            else:
-                found.append(Add(row, raw(feature, value), point))
+            times = units.added(self, row, point, value, feature=feature)
+            found.append(Add(row, times, point))
         for name, value in (vector or {}).items():
             direction = self.load_vector(name)
-            times = value.strip().lower().removesuffix("x") if isinstance(value, str) else value
-            if isinstance(times, str) and units.is_relative(times):
-                times = units.added(self, direction.vector, direction.point, times)
-            found.append(Add(direction.vector, strength(times, None), direction.point))
+            times = units.added(self, direction.vector, direction.point, value)
+            found.append(Add(direction.vector, times, direction.point))
         return found
 
     @contextmanager
@@ -311,10 +303,10 @@ class Run:
         temperature: float = 1.0,
         seed: int | Sequence[int] = 0,
     ) -> Any:
-        """Continue a prompt (→ str) or several (→ list of str); see `core.generate`."""
-        from saesteer.core.generate import generate
+        """Continue a prompt (→ str) or several (→ list of str); see `core.generate.write`."""
+        from saesteer.core.generate import write
 
-        texts = generate(
+        written = write(
             self.model,
             self.tokenizer,
             [prompts] if isinstance(prompts, str) else prompts,
@@ -323,6 +315,7 @@ class Run:
             seed=seed,
             prepend_bos=self.sae.prepend_bos,
         )
+        texts = [one.text for one in written]
         return texts[0] if isinstance(prompts, str) else texts
 
     def load_vector(self, name: str) -> "Direction":
@@ -350,15 +343,6 @@ class Run:
         if not name or Path(name).name != name or name.startswith("."):
             raise RunError(f"{name!r} is not a name for a vector; use letters, digits and dashes")
         return self.path / "steers" / f"{name}.safetensors"
-
-    def _check_index(self) -> None:
-        """Refuse an index that another SAE made: its max_act would mean nothing here."""
-        made_for = self.index.meta.get("sae_hash")
-        if made_for != self.sae.hash:
-            raise IndexingError(
-                f"the index of {self.path} was made for another SAE ({made_for}) than the one it "
-                f"holds ({self.sae.hash}); run `saesteer index {self.path}` again"
-            )
 
     @property
     def special_ids(self) -> frozenset[int]:

@@ -8,7 +8,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from saesteer.errors import CacheError, SteeringError, TextError
+from saesteer.errors import CacheError, IndexingError, SteeringError, TextError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,23 +21,52 @@ if TYPE_CHECKING:
 CONTEXTS = 16
 
 
-def is_relative(value: object) -> bool:
-    """Whether a strength is written in one of the units that this module knows."""
-    text = str(value).strip().lower()
-    return text.startswith("kl") or text.endswith("n")
+def of_feature(run: "Run", feature: int, value: str | float) -> float:
+    """The raw activation that "8x" or a plain number means.
+
+    Raises:
+        FeatureError: no such feature, or a strength that is none.
+        IndexingError: "8x" without an index, or with one that another SAE made.
+    """
+    from saesteer.features.search import strength
+
+    if not (isinstance(value, str) and value.strip().lower().endswith("x")):
+        return strength(value, None, feature=feature)
+    made_for = run.index.meta.get("sae_hash")
+    if made_for != run.sae.hash:  # its max_act would mean nothing here
+        raise IndexingError(
+            f"the index of {run.path} was made for another SAE ({made_for}) than the one it "
+            f"holds ({run.sae.hash}); run `saesteer index {run.path}` again"
+        )
+    return run.index.strength(feature, value)
 
 
-def added(run: "Run", vector: "Tensor", point: "HookPoint", value: str) -> float:
-    """The factor on `vector` [d_model] at a point that "0.5n" or "kl0.1" means.
+def added(
+    run: "Run",
+    vector: "Tensor",
+    point: "HookPoint",
+    value: str | float,
+    *,
+    feature: int | None = None,
+) -> float:
+    """The factor on `vector` [d_model] at a point that any of these strengths means.
+
+    feature: whose direction the vector is; without one "8x" is 8 times the vector.
 
     Raises:
         SteeringError: not such a strength, or a KL that no strength reaches.
         CacheError, TextError: the run has no activations at that point, or no held-out tokens.
+        FeatureError, IndexingError: see `of_feature`.
     """
     from saesteer.effects.calibrate import iso_kl
+    from saesteer.features.search import strength
     from saesteer.steering.edits import Add
 
-    text = value.strip().lower()
+    text = str(value).strip().lower()
+    if not (text.startswith("kl") or text.endswith("n")):
+        if feature is not None:
+            return of_feature(run, feature, value)
+        return strength(text.removesuffix("x") if isinstance(value, str) else value, None)
     try:
         number = float(text.removeprefix("kl").removesuffix("n"))
     except ValueError:

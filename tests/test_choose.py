@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from saesteer.core.sae_codes import largest
 from saesteer.training import choose
 from saesteer.training.choose import (
     Chosen,
     Encoder,
     batch_topk,
     calibrated_threshold,
-    largest,
     topk,
 )
 from saesteer.training.ranks import Ranks

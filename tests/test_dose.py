@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from saesteer.cli.main import COMMANDS, main
-from saesteer.core.generate import generate
 from saesteer.core.hooks import activations
 from saesteer.core.model import load_model, special_token_ids
 from saesteer.core.points import HookPoint
@@ -45,7 +44,7 @@ from saesteer.steering.edits import Add, Clamp, Edit
 from saesteer.steering.engine import steer
 from saesteer.steering.positions import Positions
 from saesteer.world import corpus
-from tests.tiny import tiny_model, tiny_sae, tiny_tokenizer
+from tests.tiny import generate, tiny_model, tiny_sae, tiny_tokenizer
 
 POINT = HookPoint(1, "resid_post")
 TEXTS = [

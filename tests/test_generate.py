@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from saesteer.core.generate import GumbelRows, Stream, generate, write
+from saesteer.core.generate import GumbelRows, Stream, write
 from saesteer.errors import TextError
-from tests.tiny import BOS, EOS, PAD, tiny_model, tiny_tokenizer
+from tests.tiny import BOS, EOS, PAD, generate, tiny_model, tiny_tokenizer
 
 PROMPTS = ["the boy saw a ship", "she", "once upon a time there was the old sea"]
 

@@ -1,17 +1,19 @@
 """Texts with and without edits: what a sweep's rows are, and what is measured in each text."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from saesteer.core.generate import generate
 from saesteer.core.hooks import activations
-from saesteer.effects import side_by_side
-from saesteer.effects.side_by_side import Sampling, distinct_n, feature_reading, mean_ce, measures
+from saesteer.core.model import HookPoint
+from saesteer.effects import readings, side_by_side
+from saesteer.effects.damage import distinct_n
+from saesteer.effects.side_by_side import Sampling, measures
 from saesteer.errors import SteeringError
 from saesteer.steering.edits import Add, Clamp, Project
-from tests.tiny import EOS, WIDTH, tiny_model, tiny_sae, tiny_tokenizer
+from tests.tiny import EOS, WIDTH, generate, tiny_model, tiny_sae, tiny_tokenizer
 
 HOW = Sampling(max_new_tokens=8)
 
@@ -26,18 +28,20 @@ def test_ce_is_the_mean_surprise_of_the_counted_tokens():
     p = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [0.25, 0.5, 0.25], [1 / 3] * 3])
     ids = torch.tensor([0, 2, 1, 1])
     counted = torch.tensor([False, False, True, True])
-    assert mean_ce(p.log(), ids, counted) == pytest.approx(-(math.log(0.2) + math.log(0.5)) / 2)
+    assert measures(p.log(), ids, counted, None).ce == pytest.approx(
+        -(math.log(0.2) + math.log(0.5)) / 2
+    )
     every = torch.tensor([True] * 4)
     expected = -(math.log(0.25) + math.log(0.2) + math.log(0.5)) / 3
-    assert mean_ce(p.log(), ids, every) == pytest.approx(expected)
-    assert mean_ce(p.log(), ids, torch.zeros(4, dtype=torch.bool)) is None
+    assert measures(p.log(), ids, every, None).ce == pytest.approx(expected)
+    assert measures(p.log(), ids, torch.zeros(4, dtype=torch.bool), None).ce is None
 
 
 def test_distinct_n_counts_n_grams_of_one_text():
-    assert distinct_n([1, 2, 1, 2, 1], 2) == 2 / 4
-    assert distinct_n([1, 2, 1, 2, 1], 1) == 2 / 5
-    assert distinct_n([1, 2, 3], 2) == 1
-    assert distinct_n([1], 2) is None
+    assert distinct_n([[1, 2, 1, 2, 1]], 2) == 2 / 4
+    assert distinct_n([[1, 2, 1, 2, 1]], 1) == 2 / 5
+    assert distinct_n([[1, 2, 3]], 2) == 1
+    assert distinct_n([[1]], 2) is None
 
 
 def test_measures_are_of_the_counted_tokens_alone():
@@ -63,7 +67,7 @@ def test_a_sweep_is_one_generate_and_each_row_what_it_is_alone(tiny, monkeypatch
 
     monkeypatch.setattr(type(model), "generate", counted)
     prompt, seeds = "the boy saw a ship", [3, 3]
-    reading = feature_reading(sae, 5)
+    reading = readings.of_feature(sae, 5)
     swept, receipt = side_by_side.sweep(
         model, tokenizer, prompt, edits, [0, 1, 3], seed=3, sampling=HOW, reading=reading
     )
@@ -92,7 +96,7 @@ def test_measures_are_read_in_the_unsteered_model(tiny):
     prompts = ["the boy", "once upon a time there was"] * 6
     found, receipt = side_by_side.pairs(
         model, tokenizer, prompts, [Clamp(sae, 5, 40.0)], seeds=range(12),
-        sampling=Sampling(max_new_tokens=24), reading=feature_reading(sae, 5),
+        sampling=Sampling(max_new_tokens=24), reading=readings.of_feature(sae, 5),
     )  # fmt: skip
     assert any(one.sides[0].written.new[-1] == EOS for one in found)  # it isn't counted
     edited = 0
@@ -134,9 +138,18 @@ def test_only_what_has_a_strength_can_be_swept(tiny):
 def test_what_an_edit_is_about(tiny):
     _, _, sae = tiny
     x = torch.randn(1, 3, WIDTH, generator=torch.Generator().manual_seed(0))
-    clamp = side_by_side.edit_reading(Clamp(sae, 7, 1.0))
+    clamp = readings.of_edit(Clamp(sae, 7, 1.0))
     assert clamp.name == "feature 7"
     assert torch.equal(clamp.read(x), sae.activation(x, [7])[..., 0])
-    add = side_by_side.edit_reading(Add(3 * torch.eye(WIDTH)[4], 2.0, "layers.0.resid_post"))
+    add = readings.of_edit(Add(3 * torch.eye(WIDTH)[4], 2.0, "layers.0.resid_post"))
     assert torch.allclose(add.read(x), x[..., 4])
-    assert side_by_side.edit_reading(Project(torch.ones(WIDTH), "layers.1.resid_post")) is None
+    assert readings.of_edit(Project(torch.ones(WIDTH), "layers.1.resid_post")) is None
+
+
+def test_a_transcoders_feature_is_read_where_the_transcoder_reads() -> None:
+    sae = tiny_sae("jumprelu", point=HookPoint(1, "resid_pre"), apply_b_dec_to_input=False)
+    clamp = Clamp(replace(sae, hook_point_out=HookPoint(1, "mlp_out")), 7, 1.0)
+    reading = readings.of_edit(clamp)
+    assert reading is not None and reading.point == sae.hook_point
+    x = torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(reading.read(x), sae.activation(x, [7])[..., 0])

@@ -153,10 +153,7 @@ def test_the_engine_agrees_with_the_slow_reference(
 def test_single_heads_are_steered(arch: str) -> None:
     model = model_of(arch)
     point = HookPoint(1, "head.2")
-    try:
-        width = point_width(model, point)
-    except HookPointError:
-        pytest.skip("no output projection")
+    width = point_width(model, point)
     row = [BOS, 5, 6, 7, 8]
     some: list[Edit] = [
         Add(vector(0, width), 1.5, point),

@@ -12,6 +12,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from saesteer.core.generate import write
 from saesteer.core.points import HookPoint
 from saesteer.core.sae import Conventions, Sae
 
@@ -171,3 +172,8 @@ def random_ids(batch: int, length: int, *, seed: int = 0) -> torch.Tensor:
     """Random token ids [batch, length], none of them special."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(UNK + 1, VOCAB, (batch, length), generator=generator)
+
+
+def generate(*given: Any, **how: Any) -> list[str]:
+    """The texts of `core.generate.write`."""
+    return [one.text for one in write(*given, **how)]

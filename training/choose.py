@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saesteer.core.sae_codes import largest
 from saesteer.training.products import products
 from saesteer.training.ranks import Ranks
 
@@ -19,8 +20,6 @@ from saesteer.training.ranks import Ranks
 ROWS_A_PIECE, ELEMENTS_A_PIECE = 256, 2**28
 # How many candidates are kept, for each that is wanted, from a product in bfloat16.
 _SPARE = 1.25
-# Columns whose maximum is looked at before they are.
-_GROUP = 8
 
 
 class Chosen(NamedTuple):
@@ -119,26 +118,6 @@ def topk(encoder: Encoder, k: int, ranks: Ranks) -> Chosen:
         return Chosen(*pairs, rows * a_row)
     row, column = fires.nonzero(as_tuple=True)
     return chosen(row, latents[row, column], values[row, column], n)
-
-
-def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row of x [n, d] and their places, both [n, k], in no order.
-
-    Of equal values at the edge any are taken. A CPU partly sorts whole rows, which costs far more
-    than to look at them. So columns are put into groups of eight: the k largest values lie in
-    the k groups with the largest maxima, and only those groups are looked into.
-    """
-    width = x.shape[1] // _GROUP
-    if x.device.type != "cpu" or width < max(1, 2 * k):
-        values, places = x.topk(k, dim=-1, sorted=False)
-        return values, places
-    columns = torch.arange(x.shape[1])
-    groups = columns[: width * _GROUP].view(_GROUP, width).T  # [width, 8]
-    _, best = largest(x[:, : width * _GROUP].unflatten(1, (_GROUP, width)).amax(1), k)
-    rest = columns[width * _GROUP :].expand(len(x), -1)
-    places = torch.cat([groups[best].flatten(1), rest], 1)
-    values, at = x.gather(1, places).topk(k, dim=-1, sorted=False)
-    return values, places.gather(1, at)
 
 
 def batch_topk(encoder: Encoder, wanted: int, ranks: Ranks) -> Chosen:

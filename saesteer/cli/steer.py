@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
     from saesteer.core.generate import Prompt
-    from saesteer.effects.side_by_side import Reading
+    from saesteer.effects.readings import Reading
     from saesteer.steering.edits import Edit
     from saesteer.steering.positions import Positions
 
@@ -217,11 +217,11 @@ class Job:
 
 def _reading(run: Run, given: Given, edits: "Sequence[Edit]") -> "Reading | None":
     """The feature that is named first, or else what the first edit is about."""
-    from saesteer.effects.side_by_side import edit_reading, feature_reading
+    from saesteer.effects import readings
 
     if given.first_feature is not None:
-        return feature_reading(run.sae, given.first_feature)
-    return edit_reading(edits[0])
+        return readings.of_feature(run.sae, given.first_feature)
+    return readings.of_edit(edits[0])
 
 
 def _compared(

@@ -108,31 +108,6 @@ def prompt_ids(
     return rows, next(i for i in known if i is not None)
 
 
-def generate(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    *,
-    max_new_tokens: int = 40,
-    temperature: float = 1.0,
-    seed: int | Sequence[int] = 0,
-    prepend_bos: bool = True,
-    streamer: BaseStreamer | None = None,
-) -> list[str]:
-    """Continue each prompt; the texts returned begin with their prompts. See `write`."""
-    written = write(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        prepend_bos=prepend_bos,
-        streamer=streamer,
-    )
-    return [one.text for one in written]
-
-
 def write(
     model: PreTrainedModel,
     tokenizer: Any,

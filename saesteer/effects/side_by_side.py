@@ -10,32 +10,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from saesteer.core.generate import Prompt, Written, write
 from saesteer.core.hooks import capture
-from saesteer.core.model import HookPoint, special_token_ids
-from saesteer.core.sae import Sae
+from saesteer.core.model import special_token_ids
+from saesteer.effects.damage import cross_entropy, distinct_n
+from saesteer.effects.readings import Reading
 from saesteer.errors import SteeringError
-from saesteer.steering.edits import Add, Clamp, Edit, place
+from saesteer.steering.edits import Add, Clamp, Edit
 from saesteer.steering.engine import steer
 from saesteer.steering.receipt import Receipt
 from saesteer.steering.record import TokenTrace
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Something to read on every token: `read` takes x [batch, seq, d] at `point` to [batch, seq].
-
-    name: what it is, such as "feature 12".
-    """
-
-    name: str
-    point: HookPoint
-    read: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -93,33 +81,6 @@ class Sampling:
     max_new_tokens: int = 40
     temperature: float = 1.0
     prepend_bos: bool = True
-
-
-def feature_reading(sae: Sae, feature: int) -> Reading:
-    """The activation of one of the SAE's features. FeatureError where there is none such."""
-    sae.activation(sae.W_dec.new_zeros(1, sae.d_in), [feature])
-
-    def read(x: Tensor) -> Tensor:
-        return sae.activation(x.to(sae.W_enc.device, torch.float32), [feature])[..., 0]
-
-    return Reading(f"feature {feature}", sae.hook_point, read)
-
-
-def edit_reading(edit: Edit) -> Reading | None:
-    """What an edit is about: a clamp's feature, or x · v / ‖v‖ of a vector added; else None."""
-    if isinstance(edit, Clamp):
-        found = feature_reading(edit.sae, edit.feature)
-        return replace(found, name=f"feature {_own_number(edit)}", point=place(edit))
-    if not isinstance(edit, Add) or not bool(edit.vector.any()):
-        return None
-    unit = edit.vector.detach().float() / edit.vector.detach().float().norm()
-    return Reading("projection", place(edit), lambda x: x.float() @ unit.to(x.device))
-
-
-def _own_number(edit: Clamp) -> int:
-    """The feature's number in the whole SAE: one out of a file has that file's features alone."""
-    origin = edit.sae.notes.get("narrowed_from")
-    return int(origin["features"][edit.feature]) if origin else edit.feature
 
 
 def scaled(edit: Edit, times: float) -> Edit:
@@ -214,32 +175,16 @@ def sweep(
     return Comparison(seed, reading.name if reading else None, sides), receipt
 
 
-def mean_ce(logits: Tensor, ids: Tensor, counted: Tensor) -> float | None:
-    """Mean of −log softmax(logits[i − 1])[ids[i]] over the counted i, in nats.
-
-    logits: [seq, vocabulary]; ids: [seq]; counted: bool [seq], whose first is not looked at: there
-    is nothing before it. None where nothing is counted.
-    """
-    at = counted[1:]
-    if not bool(at.any()):
-        return None
-    return float(F.cross_entropy(logits[:-1][at].float(), ids[1:][at]))
-
-
-def distinct_n(tokens: Sequence[int], n: int) -> float | None:
-    """Distinct n-grams / n-grams of one text; None where it has none (arXiv 1510.03055)."""
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else None
-
-
 def measures(logits: Tensor, ids: Tensor, counted: Tensor, values: Tensor | None) -> Measures:
     """Of one text: logits [seq, vocabulary], ids [seq], its counted tokens bool [seq], readings
     [seq] or None."""
     read = values is not None and bool(counted.any())
+    predicted = counted[1:]  # the first is not: there is nothing before it
+    losses = cross_entropy(logits[:-1][predicted], ids[1:][predicted])
     return Measures(
         n_tokens=int(counted.sum()),
-        ce=mean_ce(logits, ids, counted),
-        distinct_2=distinct_n(ids[counted].tolist(), 2),
+        ce=float(losses.mean()) if len(losses) else None,
+        distinct_2=distinct_n([ids[counted].tolist()], 2),
         activation=float(values[counted].mean()) if read and values is not None else None,
     )
 
