@@ -58,11 +58,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     Raises ModelError, naming what was looked for and what was there, where none is found.
     """
     wanted = _text_setting(model, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module)
-    }
+    found = dict(_lists(model, wanted))
     fitting = {name: m for name, m in found.items() if wanted in (None, len(m))}
     # Outside the towers for other senses if possible, by the usual names, nearest to the root.
     ranked = sorted(
@@ -80,6 +76,20 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
             f"{wanted} blocks (config.num_hidden_layers); the lists in it are: {seen}"
         )
     return fitting[ranked[0]]
+
+
+def _lists(
+    module: nn.Module, wanted: int | None, path: str = ""
+) -> Iterator[tuple[str, nn.ModuleList]]:
+    """Every list of modules with its path, but for those inside of what may well be the blocks,
+    which rank behind it anyway: a large model has thousands of modules there."""
+    for name, child in module.named_children():
+        at = f"{path}.{name}" if path else name
+        if isinstance(child, nn.ModuleList) and len(child):
+            yield at, child
+            if name in _BLOCK_LISTS and wanted in (None, len(child)):
+                continue
+        yield from _lists(child, wanted, at)
 
 
 def site_module(model: nn.Module, point: HookPoint) -> tuple[nn.Module, Literal["input", "output"]]:

@@ -210,14 +210,16 @@ def _check_followed(model: nn.Module, prompt_length: int | None) -> None:
 
 def _listen(stack: ExitStack, module: nn.Module, clock: TokenClock, *, outermost: bool) -> None:
     """Tick when `module` is called, unless the whole model's call around it has ticked."""
-    names = list(inspect.signature(module.forward).parameters)
     owner = [False]  # whether the present pass was begun here
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if clock._inside and not outermost:
             return
         clock._tokens = None
-        clock.tick({**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs)
+        if args:
+            names = inspect.signature(module.forward).parameters
+            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        clock.tick(kwargs)
         clock._inside = owner[0] = True
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -205,13 +205,12 @@ class Sae:
             ]
             flat = torch.cat(chunks) if chunks else z.new_zeros(0, len(index))
             return flat.reshape(*x.shape[:-1], len(index))
-        u = z @ self.W_enc[:, index]
-        pre = u + self.b_enc[index]
-        if self.r_mag is not None and self.b_mag is not None:
-            return (u * self.r_mag[index].exp() + self.b_mag[index]).relu() * (pre > 0)
-        if self.threshold is None:
-            return pre.relu()
-        return pre.relu() * (pre > self.threshold[index])
+        some = self if isinstance(index, slice) else self.narrowed(index)
+        u = z @ some.W_enc
+        pre = u + some.b_enc
+        if some.r_mag is not None and some.b_mag is not None:
+            return (u * some.r_mag.exp() + some.b_mag).relu() * (pre > 0)
+        return pre.relu() if some.threshold is None else pre.relu() * (pre > some.threshold)
 
     def decode(self, codes: Codes, x: Tensor) -> Tensor:
         """Reconstruction [n_rows, d_out] in the space of the stream that it writes to.

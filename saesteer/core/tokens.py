@@ -18,7 +18,9 @@ def _tensor(ids: frozenset[int], device: torch.device) -> Tensor:
     return torch.tensor(sorted(ids), dtype=torch.long, device=device)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(
+    eq=False
+)  # not frozen: one is made for every token, and that would take five times as long
 class Tokens:
     """What the clock knows of the tokens in one forward pass of `batch` rows and `seq` columns.
 

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import cast
 
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from saesteer.core.blocks import point_width
 from saesteer.core.clock import SteeringWarning
 from saesteer.core.hooks import edit as edit_activations
-from saesteer.core.model import decoder_layers, site_module, special_token_ids
+from saesteer.core.model import HookPoint, decoder_layers, site_module, special_token_ids
 from saesteer.core.tokens import Tokens
 from saesteer.errors import NothingSteeredError, SteeringError
 from saesteer.steering.conditions import Gate, When
@@ -119,15 +120,18 @@ def _check(model: nn.Module, edits: Sequence[Edit]) -> None:
     """Refuse, before anything is hooked, edits that can't be made to this model."""
     if not edits:
         raise SteeringError("no edits given: name at least one Clamp, Add, Project, …")
+
+    @cache  # a thousand edits are mostly at one place
+    def width_at(point: HookPoint) -> int:
+        site_module(model, point)
+        return point_width(model, point)
+
     for edit in edits:
         if not isinstance(edit, Scope):
             raise SteeringError(
                 f"{type(edit).__name__} is not an edit: use saesteer.Clamp, saesteer.Add, …"
             )
-        sizes = []
-        for point in (read_at(edit), place(edit)):
-            site_module(model, point)
-            sizes.append(point_width(model, point))
+        sizes = [width_at(read_at(edit)), width_at(place(edit))]
         size = sizes[1]
         if isinstance(edit, Clamp) and [edit.sae.d_in, edit.sae.d_out] != sizes:
             raise SteeringError(
@@ -183,8 +187,10 @@ def _judge(records: Records, forwards: int) -> None:
                 f"{one.edit.where}; give that row such a token, or choose other positions"
             )
     for one, (record, at) in records.items():
-        summary = record.summary(at)
         bounded = isinstance(one.edit, Clamp) and one.edit.how in ("min", "max")
+        if one.edit.when is None and not bounded:
+            continue
+        summary = record.summary(at)
         if one.edit.when is not None and summary.n_edited == 0:
             told = f"{one.edit} never applied: its condition ({one.edit.when}) held nowhere"
         elif bounded and summary.n_changed == 0:

@@ -17,8 +17,8 @@ from saesteer.core.tokens import Tokens
 # Prompts for which the edited positions themselves are kept, and not only their number.
 KEPT = 16
 # Forward passes noted down before they are added up, each with an activation of at most so many
-# numbers; of larger ones the norms alone.
-_PENDING, _SMALL = 64, 2**17
+# numbers (all together 16 MB in float32); of larger ones the norms alone.
+_PENDING, _SMALL = 128, 2**15
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,10 @@ class Record:
 
     def rows_untouched(self, edit: int) -> list[tuple[int, int]]:
         """(prompt, row) of every row that the edit is for in which it was for no position."""
+        if not self._counts and all(
+            any(one.eligible is None for one in passes) for _, passes in self._by_prompt()
+        ):
+            return []  # most often; adding up can then wait until somebody reads the receipt
         self._add_up()
         found = []
         for prompt, eligible in self._eligible.items():
@@ -174,9 +178,13 @@ class Record:
 
     def _add_up(self) -> None:
         # Steps of one text are alike and are added up in one go.
-        for prompt, group in groupby(self._pending, key=lambda one: one.tokens.prompt_index):
-            self._add_prompt(prompt, list(group))
+        for prompt, passes in self._by_prompt():
+            self._add_prompt(prompt, passes)
         self._pending.clear()
+
+    def _by_prompt(self) -> list[tuple[int, list[Pass]]]:
+        groups = groupby(self._pending, key=lambda one: one.tokens.prompt_index)
+        return [(prompt, list(passes)) for prompt, passes in groups]
 
     def _add_prompt(self, prompt: int, passes: list[Pass]) -> None:
         eligible = _masks(passes, [one.eligible for one in passes])
