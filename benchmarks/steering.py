@@ -1,8 +1,10 @@
 """Steering: what it costs in `generate`, and how it stands beside others.
 
 Tokens a second of greedy `generate` to a fixed length, steered at the middle block's output and
-unsteered, in alternating runs; entering and leaving the context is in the steered time.
-ratio_to_unsteered is the median of the ratios round by round, low and high their range.
+unsteered, in alternating runs, at least --rounds of each and for at least --seconds; entering and
+leaving the context is in the steered time. ratio_to_unsteered is the median of the ratios round by
+round, low and high their quartiles. The case "nothing" is the unsteered model against itself: how
+far its ratio is from 1 is how far any other's may be by chance.
 
 Two figures say what a hook costs, in µs for one edited layer and one forward pass:
 
@@ -15,12 +17,14 @@ call_us  measured directly: the edited block's own call, hooks included, in the 
 
 floor_us, beside TopK, is one x · W_enc, without which nobody knows which k latents fire.
 
-Peers (steering-vectors, repeng, sae-lens's HookedSAETransformer) and ours run in processes of their
-own, in turn, on a random two-block GPT-2 of --width that knows 96 tokens, so that hooks stand out.
-hook_us_per_layer_step there is each one's steered less its own unsteered `generate`, entering and
-leaving included, the least of three each round, the median over rounds; low and high are the
-quartiles of peer − ours round by round (above 0: ours costs less). inside_us is the same without
-entering and leaving. repeng's unsteered model keeps its wrapper, which favours it.
+Peers (steering-vectors, repeng, sae-lens's HookedSAETransformer) and ours run in processes of
+their own, in turn, on a random two-block GPT-2 of --width that knows 96 tokens. step_us there is
+the whole model's call in a decode step of `generate`, the median over steps, steered less each
+one's own unsteered; hook_us_per_layer_step adds entering and leaving the context, shared out among
+the tokens of one `generate`. Medians over rounds; low and high are the quartiles of peer − ours
+round by round (above 0: ours costs less). The prompt's own pass and what `generate` does outside of
+the model are not in it, nor is reading the receipt, which the peers don't have. repeng's unsteered
+model keeps its wrapper, which favours it.
 
 Models: "planted", the embedded one; a folder; "random:LAYERSxWIDTH", a random-init GPT-2 that knows
 50,257 tokens, or so many as a further "xVOCABULARY" says. By default the embedded one,
@@ -73,8 +77,9 @@ def loaded(name: str) -> PreTrainedModel:
 
 
 def row(
-    name: str, plain: PreTrainedModel, case: Case, batch: int, tokens: int, rounds: int
-) -> dict[str, Any]:
+    name: str, plain: PreTrainedModel, case: Case, batch: int, tokens: int, rounds: int,
+    seconds: float,
+) -> dict[str, Any]:  # fmt: skip
     """One case at one batch size, in turn with the unsteered model."""
     ids = prompts(batch, plain.config.vocab_size)
 
@@ -92,9 +97,14 @@ def row(
     sides: dict[str, Callable[[], float]] = {"unsteered": unsteered, "steered": steered}
     for warm in sides.values():
         warm()
-    say(f"{name}: {case.name} ({case.architecture}), batch {batch}")
-    found = results.alternating(sides, rounds, say)
-    spread = results.ratio(found["steered"], found["unsteered"])
+    begin = time.perf_counter()
+    for side in sides.values():
+        side()
+    rounds = max(rounds, round(seconds / (time.perf_counter() - begin)))
+    say(f"{name}: {case.name} ({case.architecture}), batch {batch}, {rounds} rounds")
+    found = results.alternating(sides, rounds, _quiet)
+    ratios = [a / b for a, b in zip(found["steered"], found["unsteered"], strict=True)]
+    low, high = results.quartiles(ratios)
     answer: dict[str, Any] = {
         "model": name,
         "d_model": d_model(plain),
@@ -104,25 +114,27 @@ def row(
         "batch": batch,
         "ours_tok_s": statistics.median(found["steered"]),
         "unsteered_tok_s": statistics.median(found["unsteered"]),
-        "ratio_to_unsteered": spread["ratio"],
-        "low": spread["low"],
-        "high": spread["high"],
+        "ratio_to_unsteered": statistics.median(ratios),
+        "low": low,
+        "high": high,
         "hook_us_per_layer_step": hook_us(
             found["steered"], found["unsteered"], batch * tokens, tokens
         ),
-        "call_us": call_us(case, plain, ids, tokens, rounds),
+        "call_us": call_us(case, plain, ids, tokens, min(rounds, 9)),
     }
     if case.floor is not None:
         answer["floor_us"] = floor_us(case.floor, batch)
     return answer
 
 
-def rows_of(name: str, tokens: int, rounds: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def rows_of(
+    name: str, tokens: int, rounds: int, seconds: float
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Every case on one model, and what can't be run there."""
     plain, shown = loaded(name), name if name.startswith("random:") else Path(name).name
     with cases(plain) as (found, not_run):
         rows = [
-            row(shown, plain, case, batch, tokens, rounds)
+            row(shown, plain, case, batch, tokens, rounds, seconds)
             for case in found
             for batch in case.batches
         ]
@@ -133,17 +145,19 @@ def markdown(found: dict[str, Any], rounds: int, tokens: int) -> str:
     """The section of RESULTS.md."""
     about = results.machine("transformers", "sae-lens")
     parts = [
-        f"`benchmarks/steering.py`. {about} Greedy `generate` of {tokens} tokens, {rounds} rounds; "
-        "low and high are the range of the ratios round by round. hook_us_per_layer_step: from the "
-        "same runs, all costs and all noise in it; call_us: the edited block's own call measured "
-        "directly; floor_us: one x · W_enc.",
+        f"`benchmarks/steering.py`. {about} Greedy `generate` of {tokens} tokens, {rounds} or "
+        'more rounds; low and high are quartiles of the ratios round by round; "nothing" is the '
+        "unsteered model against itself. hook_us_per_layer_step: from the same runs, all costs and "
+        "all noise in it; call_us: the edited block's own call measured directly; floor_us: one "
+        "x · W_enc.",
         results.table([each | {"floor_us": each.get("floor_us", "")} for each in found["rows"]]),
     ]
     if found["peers"]:
         parts += [
-            "Beside others, on a random two-block model: µs a layer-step over each one's own "
-            "unsteered `generate`, entering and leaving the context included (inside_us: without); "
-            "low and high are the quartiles of peer − ours round by round.",
+            "Beside others, on a random two-block model: µs that steering adds to the whole "
+            "model's call in a decode step (step_us), and with entering and leaving shared out "
+            f"among {tokens} tokens (hook_us_per_layer_step); low and high are the quartiles of "
+            "peer − ours round by round (above 0: ours costs less).",
             results.table(found["peers"]),
         ]
     if found["agreement"]:
@@ -162,6 +176,10 @@ def markdown(found: dict[str, Any], rounds: int, tokens: int) -> str:
     return "\n\n".join(parts)
 
 
+def _quiet(_: str) -> None:
+    pass
+
+
 def say(line: str) -> None:
     """A line for whoever is waiting; --json leaves stdout to the figures."""
     print(line, file=sys.__stderr__, flush=True)
@@ -172,7 +190,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     not_run: dict[str, str] = {}
     for name in args.models:
-        more, reasons = rows_of(name, args.tokens, args.rounds)
+        more, reasons = rows_of(name, args.tokens, args.rounds, args.seconds)
         rows, not_run = rows + more, not_run | reasons
     found: dict[str, Any] = {"peers": [], "agreement": [], "known_cases": [], "not_run": {}}
     if args.peers:
@@ -193,7 +211,8 @@ def main() -> None:
     add = parser.add_argument
     add("--models", nargs="*", default=[EMBEDDED, *([other] if other else []), JUDGED])
     add("--rounds", type=int, default=9)
-    add("--tokens", type=int, default=48, help="new tokens of each row in a run")
+    add("--seconds", type=float, default=12.0, help="more rounds until so long is measured")
+    add("--tokens", type=int, default=16, help="new tokens of each row in a run")
     add("--width", type=int, default=768, help="d_model of the model beside the peers")
     add("--peers", nargs="*", choices=PEERS, default=PEERS)
     add("--no-install", action="store_true", help="leave out peers that aren't installed yet")

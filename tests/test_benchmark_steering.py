@@ -55,7 +55,7 @@ def test_prints_what_it_promises_and_writes_nothing() -> None:
     before = written.read_bytes() if written.exists() else None
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "steering.py", "--json", "--models", "random:2x32x96",
-         "--rounds", "1", "--tokens", "3", "--threads", "1", "--peers"],
+         "--rounds", "1", "--seconds", "0", "--tokens", "3", "--threads", "1", "--peers"],
         capture_output=True, text=True, timeout=300, cwd=BENCHMARKS.parent,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -63,6 +63,7 @@ def test_prints_what_it_promises_and_writes_nothing() -> None:
     assert found["peers"] == [] and found["not_run"] == {}
     rows = found["rows"]
     assert [(row["case"], row["architecture"], row["batch"]) for row in rows] == [
+        ("nothing", "none", 1), ("nothing", "none", 32),
         *[(case, "jumprelu", batch)
           for case in ("1 clamp", "8 clamps", "64 clamps") for batch in (1, 32)],
         ("1 clamp", "topk", 1), ("1 clamp", "topk", 32),
@@ -104,14 +105,14 @@ def test_the_blocks_own_calls_are_timed_with_their_hooks_and_nothing_stays(
     def run() -> None:
         bench.generate(model, ids, 4)
 
-    plain = bench.calls(block, run, 2)
-    assert len(plain) == 3  # the prompt's pass is no step
+    plain = bench.calls(block, run)
+    assert len(plain) == 4  # the prompt's pass, and three steps
     slow = block.register_forward_hook(lambda *_: time.sleep(0.02))
-    hooked = bench.calls(block, run, 2)
+    hooked = bench.calls(block, run)
     slow.remove()
-    assert len(hooked) == 3 and min(hooked) >= 0.02
+    assert len(hooked) == 4 and min(hooked) >= 0.02
     with pytest.raises(ZeroDivisionError):
-        bench.calls(block, lambda: 1 / 0, 2)
+        bench.calls(block, lambda: 1 / 0)
     assert set(block.__dict__) == before
 
 
@@ -125,7 +126,8 @@ def test_ours_and_sae_lens_agree_and_differ_at_bos(
         asked: dict[str, Any] = {"case": "1 add", "batch": 2, "tokens": 2, "repeats": 1}
         for program in (us, them):
             seconds = program.ask("time", **asked)
-            assert 0 < seconds["inside"] < seconds["steered"] and seconds["unsteered"] > 0
+            assert sorted(seconds) == ["around", "steered", "unsteered"]
+            assert all(value > 0 for value in seconds.values())
         (bos,) = them.wrong
         assert us.ask("wrong", case=bos)["got"] == "logits at BOS moved by 0"
         assert float(them.ask("wrong", case=bos)["got"].rpartition(" ")[2]) > 0.01

@@ -1,5 +1,6 @@
 """What every steering program has in common, in whatever environment it runs: times and logits."""
 
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 STRENGTH, VALUE, LAYER, BOS, N_NEW = 4.0, 8.0, 0, 1, 12
 CLAMPS = {f"{n} clamp{'s' * (n > 1)}, JumpReLU": ("jumprelu", n) for n in (1, 8, 64)}
@@ -47,29 +48,32 @@ class Steerer:
         return self.model(ids, **more).logits
 
     def time(self, case: str, batch: int, tokens: int, repeats: int) -> dict[str, float]:
-        """Seconds of one `generate`, the least of some: unsteered; steered, with entering and
-        leaving the context; and steered without that."""
+        """Seconds of the whole model's call in a decode step of `generate`, the median of all
+        steps: unsteered and steered; and of entering and leaving the context, the least."""
         ids = self.ids[:batch]
-        best = {"unsteered": float("inf"), "steered": float("inf"), "inside": float("inf")}
+        steps: dict[str, list[float]] = {"unsteered": [], "steered": []}
+        around = float("inf")
+        for number in range(2 * repeats):
+            if number % 4 in (1, 2):
+                begin = time.perf_counter()
+                with self.steered(case):
+                    entered = time.perf_counter()
+                    steps["steered"] += self.steps(ids, tokens)
+                    ended = time.perf_counter()
+                around = min(around, entered - begin + time.perf_counter() - ended)
+            else:
+                steps["unsteered"] += self.steps(ids, tokens)
+        medians = {name: statistics.median(seconds) for name, seconds in steps.items()}
+        return {**medians, "around": around}
 
-        def plain() -> None:
-            begin = time.perf_counter()
-            self.generate(ids, tokens)
-            best["unsteered"] = min(best["unsteered"], time.perf_counter() - begin)
+    def steps(self, ids: Tensor, tokens: int) -> list[float]:
+        """Seconds of each call of the model in a `generate` but the first, the prompt's."""
+        return calls(self.called, lambda: self.generate(ids, tokens))[1:]
 
-        def steered() -> None:
-            begin = time.perf_counter()
-            with self.steered(case):
-                entered = time.perf_counter()
-                self.generate(ids, tokens)
-                inside = time.perf_counter() - entered
-            best["inside"] = min(best["inside"], inside)
-            best["steered"] = min(best["steered"], time.perf_counter() - begin)
-
-        for number in range(repeats):
-            for run in (plain, steered)[:: 1 if number % 2 == 0 else -1]:
-                run()
-        return best
+    @property
+    def called(self) -> Any:
+        """The module that `generate` calls once a token."""
+        return self.model
 
     def write_logits(self, case: str, batch: int, to: str) -> dict[str, float]:
         """Logits of a steered and of an unsteered pass, written to a file."""
@@ -144,3 +148,22 @@ class Steerer:
 
 def _most(a: Tensor, b: Tensor) -> str:
     return f"{float((a - b).abs().max()):.2g}"
+
+
+def calls(module: nn.Module, run: Callable[[], object], method: str = "_call_impl") -> list[float]:
+    """Seconds of each call of the module in `run`, its hooks included: it is timed from outside of
+    them, and left as it was."""
+    inner, seconds = getattr(module, method), []
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        begin = time.perf_counter()
+        out = inner(*args, **kwargs)
+        seconds.append(time.perf_counter() - begin)
+        return out
+
+    module.__dict__[method] = timed
+    try:
+        run()
+    finally:
+        del module.__dict__[method]
+    return seconds

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peers.steering_base import calls
 from peers.steering_task import random_sae
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from saesteer import Add, Clamp, Feature, Positions, Sae, When, bake, steer
@@ -58,6 +59,7 @@ def cases(model: PreTrainedModel) -> Iterator[tuple[list[Case], dict[str, str]]]
         return Case(name, *size, batches, lambda: steer(model, edits), model, floor)
 
     found = [
+        Case("nothing", "none", 0, both, nullcontext, model),
         case("1 clamp", [Clamp(jumprelu, 0, VALUE)], jumprelu),
         case("8 clamps", [Clamp(jumprelu, i, VALUE) for i in range(8)], jumprelu),
         case("64 clamps", [Clamp(jumprelu, i, VALUE) for i in range(64)], jumprelu),
@@ -90,29 +92,6 @@ def generate(model: PreTrainedModel, ids: Tensor, tokens: int) -> None:
     )  # fmt: skip
 
 
-def calls(block: nn.Module, run: Callable[[], None], new: int) -> list[float]:
-    """Seconds of each of the block's own calls in `run` on `new` rows of one token, hooks included.
-
-    The call is timed from outside of its hooks, and the block is left as it was.
-    """
-    inner, seconds = block._call_impl, []
-
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        begin = time.perf_counter()
-        out = inner(*args, **kwargs)
-        x = args[0] if args else kwargs["hidden_states"]
-        if x.shape[:2] == (new, 1):
-            seconds.append(time.perf_counter() - begin)
-        return out
-
-    block.__dict__["_call_impl"] = timed
-    try:
-        run()
-    finally:
-        del block.__dict__["_call_impl"]
-    return seconds
-
-
 def call_us(case: Case, plain: PreTrainedModel, ids: Tensor, tokens: int, repeats: int) -> float:
     """What a steer adds to the edited block's own call in a decode step, in µs.
 
@@ -125,8 +104,8 @@ def call_us(case: Case, plain: PreTrainedModel, ids: Tensor, tokens: int, repeat
         model = case.model if steered else plain
         block = decoder_layers(model)[len(decoder_layers(model)) // 2]
         with case.steered() if steered else nullcontext():
-            times = calls(block, lambda model=model: generate(model, ids, tokens), len(ids))
-        medians[steered].append(statistics.median(times))
+            times = calls(block, lambda model=model: generate(model, ids, tokens))
+        medians[steered].append(statistics.median(times[1:]))  # the prompt's pass is no step
     return 1e6 * (min(medians[True]) - min(medians[False]))
 
 

@@ -13,7 +13,7 @@ from peers.steering_apart import Apart, PeerFailedError
 from peers.steering_task import written
 from safetensors.torch import load_file
 
-REPEATS = 3
+REPEATS = 4
 
 Rows = list[dict[str, Any]]
 
@@ -66,18 +66,17 @@ def compared(
 
 
 def _timed(us: Apart, peer: Apart, case: str, batch: int, tokens: int, rounds: int) -> Any:
-    """Microseconds a step over each one's own unsteered run, in turn; and the quartiles of what
+    """Microseconds a step over each one's own unsteered model, in turn; and the quartiles of what
     the peer's are above ours round by round."""
     asked = {"case": case, "batch": batch, "tokens": tokens, "repeats": REPEATS}
+    steps: dict[str, list[float]] = {"ours": [], "peer": []}
     whole: dict[str, list[float]] = {"ours": [], "peer": []}
-    inside: dict[str, list[float]] = {"ours": [], "peer": []}
 
     def side(name: str, program: Apart) -> Callable[[], float]:
         def run() -> float:
             seconds = program.ask("time", **asked)
-            per_step = 1e6 / tokens
-            whole[name].append(per_step * (seconds["steered"] - seconds["unsteered"]))
-            inside[name].append(per_step * (seconds["inside"] - seconds["unsteered"]))
+            steps[name].append(1e6 * (seconds["steered"] - seconds["unsteered"]))
+            whole[name].append(steps[name][-1] + 1e6 * seconds["around"] / tokens)
             return whole[name][-1]
 
         return run
@@ -90,8 +89,8 @@ def _timed(us: Apart, peer: Apart, case: str, batch: int, tokens: int, rounds: i
         "ours_us": statistics.median(whole["ours"]),
         "low": low,
         "high": high,
-        "inside_us": statistics.median(inside["peer"]),
-        "ours_inside_us": statistics.median(inside["ours"]),
+        "step_us": statistics.median(steps["peer"]),
+        "ours_step_us": statistics.median(steps["ours"]),
     }
 
 

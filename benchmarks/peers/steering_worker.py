@@ -28,6 +28,7 @@ from steering_base import (
     STRENGTH,
     VALUE,
     Steerer,
+    calls,
 )
 from torch import Tensor
 
@@ -106,6 +107,10 @@ class Repeng(Steerer):
         self._control = ControlVector("gpt2", {LAYER: self.vector.numpy()})
         self.wrong = {BATCH: lambda: self.in_a_batch("1 add")}
 
+    @property
+    def called(self) -> Any:
+        return self._plain
+
     @contextlib.contextmanager
     def steered(self, case: str) -> Iterator[None]:
         self.model.set_control(self._control, STRENGTH)
@@ -170,6 +175,10 @@ class SaeLens(Steerer):
             ids, max_new_tokens=tokens, do_sample=False, stop_at_eos=False, prepend_bos=False,
             verbose=False, **more,
         )  # fmt: skip
+
+    def steps(self, ids: Tensor, tokens: int) -> list[float]:
+        # Its generate calls forward itself.
+        return calls(self.model, lambda: self.generate(ids, tokens), "forward")[1:]
 
     def logits(self, ids: Tensor, **more: Any) -> Tensor:
         return self.model(ids, **more)

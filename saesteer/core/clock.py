@@ -1,21 +1,21 @@
 """The token clock: what is known of the tokens in each forward pass.
 
-One pre-hook on the whole model works it out once a pass, and every edit asks it; no edit counts
-tokens by itself. That is what makes an edit land on the same tokens with a KV cache or without,
+Each call of the whole model has it worked out once, and every edit asks it; no edit counts tokens
+by itself. That is what makes an edit land on the same tokens with a KV cache or without,
 padded on the left, on the right or not at all, in `forward` and in `generate`.
 """
 
 import inspect
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from saesteer.core.intercept import intercept
 from saesteer.core.tokens import Tokens
 from saesteer.errors import SteeringError
 
@@ -128,7 +128,9 @@ class TokenClock:
 
     def _mask(self, mask: Any, batch: int, width: int) -> Tensor | None:
         """The mask over the whole sequence so far [batch, width], or None for no padding."""
-        if mask is None and self._generation is None:
+        given = None if self._generation is None else self._generation.mask
+        # What `generate` adds to its prompt is never padding.
+        if given is None and (mask is None or self._generation is not None):
             return None
         if isinstance(mask, Tensor) and mask.dim() == 2:
             if mask.shape[1] < width:
@@ -143,9 +145,7 @@ class TokenClock:
                 "unknown: give the model a two-dimensional mask"
             )
         # With a static cache, `generate` makes its masks itself; only its own prompt has padding.
-        given = self._generation.mask
-        if given is None:
-            return None
+        assert given is not None
         if self._prompt_mask is None or len(self._prompt_mask) != batch:
             self._prompt_mask = given.repeat_interleave(batch // len(given), 0)
         prompt = self._prompt_mask[:, :width]
@@ -180,10 +180,10 @@ def token_clock(
     with ExitStack() as stack:
         base = getattr(model, "base_model", model)
         if isinstance(base, nn.Module) and base is not model:
-            _listen(stack, base, clock, outermost=False)
-        _listen(stack, model, clock, outermost=True)
+            _listen(stack, base, clock)
+        _listen(stack, model, clock)
         if callable(getattr(model, "generate", None)):
-            _intercept_generate(stack, model, clock)
+            _listen_to_generate(stack, model, clock)
         yield clock
 
 
@@ -208,51 +208,37 @@ def _check_followed(model: nn.Module, prompt_length: int | None) -> None:
         raise SteeringError(f"prompt_length {prompt_length!r} is not a whole number from 0 up")
 
 
-def _listen(stack: ExitStack, module: nn.Module, clock: TokenClock, *, outermost: bool) -> None:
+def _listen(stack: ExitStack, module: nn.Module, clock: TokenClock) -> None:
     """Tick when `module` is called, unless the whole model's call around it has ticked."""
-    owner = [False]  # whether the present pass was begun here
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if clock._inside and not outermost:
-            return
-        clock._tokens = None
+    def around(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if clock._inside:
+            return run(*args, **kwargs)
+        call: Mapping[str, Any] = kwargs
         if args:
             names = inspect.signature(module.forward).parameters
-            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        clock.tick(kwargs)
-        clock._inside = owner[0] = True
+            call = {**dict(zip(names, args, strict=False)), **kwargs}
+        clock.tick(call)
+        clock._inside = True
+        try:
+            return run(*args, **kwargs)
+        finally:
+            clock._inside, clock._tokens = False, None
 
-    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if owner[0]:
-            clock._inside = owner[0] = False
-            clock._tokens = None
-
-    stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-    stack.callback(module.register_forward_hook(after, always_call=True).remove)
+    intercept(stack, module, "forward", around)
 
 
-def _intercept_generate(stack: ExitStack, model: nn.Module, clock: TokenClock) -> None:
-    """Put an attribute `generate` on this one model that tells the clock where its prompt ends."""
-    attributes = model.__dict__
-    original = model.generate
+def _listen_to_generate(stack: ExitStack, model: nn.Module, clock: TokenClock) -> None:
+    """Tell the clock where the prompt of a `generate` ends."""
 
-    @wraps(original)  # type: ignore[arg-type]
-    def generate(*args: Any, **kwargs: Any) -> Any:
+    def around(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if hasattr(getattr(model, "generation_config", None), "disable_compile"):
             # With a static cache on a GPU `generate` compiles the model; hooks are not for that.
             kwargs.setdefault("disable_compile", True)
         with clock._generating(_read_generation(model, args, kwargs)):
-            return original(*args, **kwargs)  # type: ignore[operator]
+            return run(*args, **kwargs)
 
-    def restore() -> None:
-        if had:
-            attributes["generate"] = before
-        else:
-            del attributes["generate"]
-
-    had, before = "generate" in attributes, attributes.get("generate")
-    attributes["generate"] = generate
-    stack.callback(restore)
+    intercept(stack, model, "generate", around)
 
 
 def _read_generation(

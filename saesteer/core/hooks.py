@@ -128,7 +128,7 @@ def edit(
     ) -> Callable[[Tensor], Tensor | None]:
         def write(x: Tensor) -> Tensor | None:
             tokens = clock.tokens
-            if x.shape[:2] != tokens.shape:
+            if x.shape[:-1] != tokens.shape:
                 raise SteeringError(
                     f"{point}: activations of shape {tuple(x.shape[:2])} for tokens of shape "
                     f"{tuple(tokens.shape)}; call the whole model, not a part of it"
@@ -141,7 +141,7 @@ def edit(
                     f"{point}: an edit returned shape {tuple(new.shape)} "
                     f"in place of {tuple(x.shape)}"
                 )
-            return new.to(x.dtype)
+            return new if new.dtype == x.dtype else new.to(x.dtype)
 
         return write
 
@@ -177,14 +177,14 @@ def _attach(
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
         return
 
-    shape = threading.local()
-    if point.site in HALVES:
+    shape, half = threading.local(), point.site in HALVES
+    if half:
         _remember_shape(stack, decoder_layers(model)[point.layer], shape)
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         x = _first(output)
         # OPT's second half works on [batch * seq, d_model].
-        flat = x.dim() == 2 and hasattr(shape, "last")
+        flat = half and x.dim() == 2
         new = use(x.view(*shape.last, -1) if flat else x)
         if new is None:
             return None
@@ -193,7 +193,7 @@ def _attach(
 
     with _in_order(stack, module._forward_hooks):
         stack.callback(module.register_forward_hook(after).remove)
-    if point.site in HALVES:
+    if half:
         _check_halves(stack, model, point.layer)
 
 

@@ -126,7 +126,7 @@ class Tokens:
         written = self.generating and self.past_length >= (self.prompt_length or 0)
         return self.mask is None or written
 
-    @cached_property
+    @property  # the lock of a cached one would cost as much as this
     def is_plain(self) -> Tensor | None:
         """Bool [batch, seq]: neither padding nor special; None where every one is, as at most
         steps of `generate`, where finding that out must cost next to nothing."""

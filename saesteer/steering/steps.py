@@ -92,7 +92,7 @@ class Chosen:
     def finished(self, x: Tensor, change: Tensor) -> Tensor:
         """x + change, in x's dtype, with x's norm where that is to be kept."""
         if not self.keep_norm:
-            return x + change.to(x.dtype)
+            return x + (change if change.dtype == x.dtype else change.to(x.dtype))
         wide = x.float()
         new = wide + change.float()
         norms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
