@@ -1,6 +1,7 @@
 """What steering is, as plainly as it can be said: one row, no cache, token by token, in float64.
 
-Shares no code with the engine but the values that describe an edit and the places in a model.
+Shares no code with the engine but the values that describe an edit and the places in a model. The
+model itself computes in its own dtype, and what an edit makes is rounded to it once.
 """
 
 import math
@@ -11,10 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from saesteer.core.blocks import head_columns, site_module
+from saesteer.core.sae import Sae
 from saesteer.steering.conditions import Feature, When
 from saesteer.steering.edits import Add, Affine, Clamp, Edit, Project, Rotate, place
 from saesteer.steering.positions import Positions
 from saesteer.steering.schedules import Linear
+
+# A gate nearer to its threshold than this may fall either way in float32: DESIGN.md, law 2.
+NEAR = 1e-5
 
 
 def logits(
@@ -25,9 +30,15 @@ def logits(
     special: set[int],
     prompt_length: int | None = None,
     tokenizer: Any = None,
+    margins: list[float] | None = None,
 ) -> Tensor:
-    """Logits [len(ids), vocab] of one row under the edits."""
+    """Logits [len(ids), vocab] of one row under the edits.
+
+    margins: one a token, lowered to the distance of the token's nearest gate from its threshold
+    (see `gate` and `condition_gate`).
+    """
     length = len(ids) if prompt_length is None else prompt_length
+    margins = [math.inf] * len(ids) if margins is None else margins
     readings: dict[int, list[bool]] = {}
 
     def change(point: Any, x: Tensor) -> Tensor:
@@ -36,6 +47,7 @@ def logits(
             when = edit.when
             if when is not None and when.point == point and id(when) not in readings:
                 readings[id(when)] = lasting(when, [reads(when, row) for row in rows], ids, special)
+                margins[:] = map(min, margins, [condition_gate(when, row) for row in rows])
         here = [edit for edit in edits if place(edit) == point]
         while here:
             group = neighbours(here)
@@ -47,7 +59,9 @@ def logits(
                     if chosen(edit.where, t, ids, length, special, tokenizer)
                     and (edit.when is None or readings[id(edit.when)][t])
                 ]
-                rows[t] = applied(row, acting)
+                gates = [gate(e.sae, e.feature, row) for e, _ in acting if isinstance(e, Clamp)]
+                margins[t] = min([margins[t], *gates])
+                rows[t] = applied(row, acting).to(x.dtype).double()
         return torch.stack(rows)[None].to(x.dtype)
 
     points = {place(edit) for edit in edits} | {e.when.point for e in edits if e.when is not None}
@@ -116,6 +130,7 @@ def applied(x: Tensor, acting: list[tuple[Edit, float]]) -> Tensor:
 
 
 def clamped(x: Tensor, acting: list[tuple[Any, float]]) -> Tensor:
+    """Encode all, put the targets in place, decode, add back the untouched error: the change."""
     sae = acting[0][0].sae.to("cpu", torch.float64)
     code = sae.encode(x[None]).dense(sae.d_sae)[0]
     new = code.clone()
@@ -128,9 +143,60 @@ def clamped(x: Tensor, acting: list[tuple[Any, float]]) -> Tensor:
             "scale": a * edit.value,
         }[edit.how]
         new[edit.feature] = a + f * (t - a)
-    out = (new - code) @ sae.W_dec
-    scale = sae.prepare(x).scale
-    return out if scale is None else out * scale
+    error = x - decoded(sae, code, x)
+    return decoded(sae, new, x) + error - x
+
+
+def decoded(sae: Sae, code: Tensor, x: Tensor) -> Tensor:
+    """The reconstruction of x [d] from a dense code [d_sae]."""
+    if sae.conventions.rescale_acts_by_decoder_norm:
+        code = code / sae.W_dec.norm(dim=1)
+    out = code @ sae.W_dec + sae.b_dec
+    _, scale, shift = sae.prepare(x)
+    out = out if scale is None else out * scale
+    return out if shift is None else out + shift
+
+
+def preactivations(sae: Sae, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What decides which latents fire, and their sizes if they do: [d_sae], in float64."""
+    sae = sae.to("cpu", torch.float64)
+    z = sae.prepare(x).z
+    u = (z - sae.b_dec if sae.conventions.apply_b_dec_to_input else z) @ sae.W_enc
+    pre = u + sae.b_enc
+    if sae.r_mag is not None and sae.b_mag is not None:
+        return pre, u * sae.r_mag.exp() + sae.b_mag
+    if sae.conventions.rescale_acts_by_decoder_norm:
+        pre = pre * sae.W_dec.norm(dim=1)
+    return pre, pre
+
+
+def gate(sae: Sae, feature: int, x: Tensor) -> float:
+    """How far a feature is from jumping on or off, in units of its pre-activation.
+
+    A plain ReLU never jumps, and what is no larger than 0 on both sides doesn't either.
+    """
+    pre, size = preactivations(sae, x)
+    own = float(pre[feature])
+    if sae.architecture == "jumprelu" and sae.threshold is not None:
+        above = float(sae.threshold[feature])
+        return abs(own - above) if above > 0 else math.inf
+    if sae.architecture == "gated":
+        return abs(own) if size[feature] > 0 else math.inf
+    if sae.architecture == "topk" and sae.k is not None and own > 0 and sae.k < sae.d_sae:
+        others = torch.cat([pre[:feature], pre[feature + 1 :]])
+        return abs(own - float(others.sort(descending=True).values[sae.k - 1]))
+    return math.inf
+
+
+def condition_gate(when: When, x: Tensor) -> float:
+    """How far a condition is from holding where it doesn't, or the other way round."""
+    if not isinstance(when.reads, Feature):
+        return abs(float(x @ when.reads.vector.double() + when.reads.offset) - when.above)
+    if when.above < 0:  # no activation is below 0
+        return math.inf
+    sae, feature = when.reads.sae, when.reads.feature
+    size = float(preactivations(sae, x)[1][feature])
+    return min(gate(sae, feature, x), abs(size - when.above))
 
 
 def mapped(edit: Edit, x: Tensor) -> Tensor:

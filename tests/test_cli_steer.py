@@ -288,7 +288,9 @@ def test_the_page_opens_offline_and_escapes_what_it_is_given(capsys, folder, tmp
         ("--clamp 3=4x --chat --roles user --save a", "--save can't keep --roles"),
         ("--clamp 3=4x --save a/b", "is not a name for edits"),
         ("--load nothing", "keeps none"),
-        ("--load {run}/features.sqlite", "damaged"),
+        ("--load a/nothing.gguf", "no edits at a/nothing.gguf"),
+        ("--load {run}/sae", "give a name, or a .safetensors"),
+        ("--load {run}/sae/sae_weights.safetensors", "is no file of edits"),
     ],
 )
 def test_a_mistake_is_one_line(capsys, folder, options, message):

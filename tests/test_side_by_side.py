@@ -12,7 +12,7 @@ from saesteer.effects import readings, side_by_side
 from saesteer.effects.damage import distinct_n
 from saesteer.effects.side_by_side import Sampling, measures
 from saesteer.errors import SteeringError
-from saesteer.steering.edits import Add, Clamp, Project
+from saesteer.steering.edits import Add, Clamp, Project, Rotate
 from tests.tiny import EOS, WIDTH, generate, tiny_model, tiny_sae, tiny_tokenizer
 
 HOW = Sampling(max_new_tokens=8)
@@ -128,6 +128,10 @@ def test_measures_are_read_in_the_unsteered_model(tiny):
 def test_only_what_has_a_strength_can_be_swept(tiny):
     model, tokenizer, sae = tiny
     assert side_by_side.scaled(Clamp(sae, 5, 2.0, "min"), 4).value == 8
+    first, second = torch.eye(WIDTH)[:2]
+    turn = side_by_side.scaled(Rotate(first, second, 0.5, "layers.1.resid_post", "to"), 3)
+    assert (turn.angle, turn.how) == (1.5, "to")
+    assert side_by_side.scaled(Project(first, "layers.1.resid_post", to=-2.0), 2).to == -4
     edit = Project(torch.ones(WIDTH), "layers.1.resid_post")
     with pytest.raises(SteeringError, match="has no strength to multiply"):
         side_by_side.sweep(model, tokenizer, "the boy", [edit], [1.0])
@@ -143,7 +147,10 @@ def test_what_an_edit_is_about(tiny):
     assert torch.equal(clamp.read(x), sae.activation(x, [7])[..., 0])
     add = readings.of_edit(Add(3 * torch.eye(WIDTH)[4], 2.0, "layers.0.resid_post"))
     assert torch.allclose(add.read(x), x[..., 4])
-    assert readings.of_edit(Project(torch.ones(WIDTH), "layers.1.resid_post")) is None
+    out = readings.of_edit(Project(torch.eye(WIDTH)[4], "layers.1.resid_post"))
+    assert torch.allclose(out.read(x), x[..., 4])
+    turn = Rotate(torch.eye(WIDTH)[0], torch.eye(WIDTH)[1], 1.0, "layers.1.resid_post")
+    assert readings.of_edit(turn) is None
 
 
 def test_a_transcoders_feature_is_read_where_the_transcoder_reads() -> None:

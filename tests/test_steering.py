@@ -154,14 +154,15 @@ def test_an_addition_is_exact() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_low_precision_the_change_is_computed_in_float32(dtype: torch.dtype) -> None:
+def test_a_sum_in_low_precision_is_rounded_once(dtype: torch.dtype) -> None:
     model, ids, sae = tiny_model().to(dtype), random_ids(3, 9), tiny_sae()
     x = activations(model, [MIDDLE], ids)[MIDDLE]
     assert x.dtype == dtype
     change = slow_reference(sae, x, [(5, "set", 3.0)]) - x.double()
-    assert torch.equal(steered(model, Clamp(sae, 5, 3.0), ids), x + change.float().to(dtype))
+    clamped = (x.float() + change.float()).to(dtype)
+    assert torch.equal(steered(model, Clamp(sae, 5, 3.0), ids), clamped)
     v = vector()
-    assert torch.equal(steered(model, Add(v, 0.5, MIDDLE), ids), x + (0.5 * v).to(dtype))
+    assert torch.equal(steered(model, Add(v, 0.5, MIDDLE), ids), (x.float() + 0.5 * v).to(dtype))
 
 
 def test_several_saes_at_several_layers_at_once() -> None:

@@ -25,7 +25,10 @@ COMMANDS = {
     "search": ("saesteer.cli.features", "find features by keyword"),
     "feature": ("saesteer.cli.features", "show one feature"),
     "vector": ("saesteer.cli.steer", "fit a direction on contrast pairs"),
-    "steer": ("saesteer.cli.steer", "generate with features clamped or directions added"),
+    "steer": (
+        "saesteer.cli.steer",
+        "generate with features clamped, directions added, projected, turned",
+    ),
     "dose": ("saesteer.cli.dose", "what each strength does and costs, and where a model breaks"),
 }
 

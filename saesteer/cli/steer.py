@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from saesteer import named
 from saesteer.cli import steer_options, steer_view
 from saesteer.cli.steer_options import Given, Scoped, narrowed
 from saesteer.cli.steer_view import Batch, View
@@ -67,7 +68,10 @@ def steer(
     clamp: Several = (),
     add: Several = (),
     vector: Several = (),
+    project: Several = (),
+    rotate: Several = (),
     load: Several = (),
+    force: bool = False,
     prompt: Several = (),
     prompts: Path | None = None,
     sweep: str | None = None,
@@ -96,15 +100,22 @@ def steer(
     device: str | None = None,
     dtype: str | None = None,
 ) -> None:
-    """Generate with features clamped or directions added, beside the baseline of the same seed.
+    """Generate text with edits, beside the baseline of the same seed.
 
     Args:
         run: The run folder.
         clamp: FEATURE=STRENGTH, sets a feature: 4217=8x is 8 times its highest activation in the
             index, 4217=3.5 a raw activation, 4217=0 ablates it. May be repeated.
         add: FEATURE=STRENGTH, adds the feature's decoder direction, in the same units.
-        vector: NAME=STRENGTH, adds a direction that `saesteer vector` fitted, times STRENGTH.
-        load: Edits that --save kept, by name, or a file of them.
+        vector: NAME=STRENGTH, adds a direction that `saesteer vector` fitted, times STRENGTH; NAME
+            may be its file.
+        project: DIRECTION=NUMBER, sets the projection on a direction, in units of activation; 0
+            projects it out. DIRECTION is a feature, or a vector's name or file. May be repeated.
+        rotate: FIRST,SECOND=ANGLE, turns the plane of two directions from the first towards the
+            second: by 30deg, or to an angle, to30deg; a plain number is radians.
+        load: Edits that --save kept, by name, or a file of edits: .safetensors, .gguf (llama.cpp,
+            repeng) or .pt (lm-eval). They are used as they are.
+        force: Use vectors and kept edits although they were made for other weights.
         prompt: A prompt. May be repeated.
         prompts: A file of prompts, one a line, or JSONL with a "prompt" on each line.
         sweep: Multiples of the strengths, 0,2,4,8,16: all of them beside one another, in a table.
@@ -134,12 +145,12 @@ def steer(
         device: Where the model runs.
         dtype: float32, bfloat16 or float16.
     """
-    given = Given(clamp, add, vector)
+    given = Given(clamp, add, vector, project, rotate, force)
     scoped = Scoped(where, first, last, after, every, special, if_, lasting, fade, keep_norm)
     if not (given or load):
         raise SteeringError(
-            "nothing to steer with; give --clamp FEATURE=STRENGTH, --add FEATURE=STRENGTH, "
-            "--vector NAME=STRENGTH or --load NAME"
+            "nothing to steer with; give --clamp FEATURE=STRENGTH, or --add, --vector, --project, "
+            "--rotate or --load"
         )
     if batch_size < 1:
         raise SteeringError(f"batch size {batch_size}; expected 1 or more")
@@ -150,20 +161,20 @@ def steer(
             "--save can't keep --roles, whose tokens stand elsewhere in every chat; give one only"
         )
     scoped.check(given, load)
-    named, times = steer_options.roles_of(roles), steer_options.multiples(sweep) if sweep else None
+    turns, times = steer_options.roles_of(roles), steer_options.multiples(sweep) if sweep else None
     texts = [*prompt, *(steer_options.read_prompts(prompts) if prompts else [])]
     if not texts and (save is None or html or out or sweep):
         raise TextError('nothing to continue; give --prompt "…" or --prompts FILE')
     opened = Run.open(run, device=device, dtype=dtype)
-    kept = None if save is None else steer_options.saved_path(opened, save)
+    kept = None if save is None else named.edits_path(opened, save)
     edits = scoped.applied(given.edits(opened), opened)
-    edits += [edit for name in load for edit in steer_options.loaded(opened, name)]
+    edits += [edit for name in load for edit in opened.load_edits(name, force=force)]
     jobs = []
     for text in texts:
         ids: Prompt = text
         positions: Positions | None = None
         if chat:
-            ids, positions = steer_options.chat(opened, text, system=system, roles=named)
+            ids, positions = steer_options.chat(opened, text, system=system, roles=turns)
         jobs += [Job(text, ids, positions, one) for one in seed or (0,)]
     printed = not (out or json_)
     view = View(opened.tokenizer, ", ".join(filter(None, [str(given), *load])), chat, show)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from saesteer.errors import FeatureError, RunError, SteeringError, TextError
+from saesteer.errors import FeatureError, SteeringError, TextError
+from saesteer.named import Name
 from saesteer.run import Run
 
 if TYPE_CHECKING:
@@ -18,40 +19,56 @@ if TYPE_CHECKING:
     from saesteer.steering.schedules import Schedule
 
 ROLES = ("system", "user", "assistant")
-_SUFFIX = ".steer.safetensors"
+# Options that make edits, and how their values are written.
+_FORMS = {
+    "clamp": "FEATURE=STRENGTH, such as 12=8x",
+    "add": "FEATURE=STRENGTH, such as 12=8x",
+    "vector": "NAME=STRENGTH, such as calm=2",
+    "project": "DIRECTION=NUMBER, such as 12=0",
+    "rotate": "FIRST,SECOND=ANGLE, such as 12,40=30deg",
+}
 _CONDITION = re.compile(r"\s*([0-9]+)\s*>\s*(\S+)\s*")
 
 
 @dataclass(frozen=True)
 class Given:
-    """What the edits are, as it was written: FEATURE=STRENGTH, NAME=STRENGTH."""
+    """What the edits are, as it was written, KEY=VALUE each; see the command's help.
 
-    clamp: tuple[str, ...]
-    add: tuple[str, ...]
-    vector: tuple[str, ...]
+    force: take directions that were fitted on other weights.
+    """
+
+    clamp: tuple[str, ...] = ()
+    add: tuple[str, ...] = ()
+    vector: tuple[str, ...] = ()
+    project: tuple[str, ...] = ()
+    rotate: tuple[str, ...] = ()
+    force: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.clamp or self.add or self.vector)
+        return any(getattr(self, name) for name in _FORMS)
 
     def __str__(self) -> str:
-        return ", ".join(
-            f"{name} {value}"
-            for name in ("clamp", "add", "vector")
-            for value in getattr(self, name)
-        )
+        return ", ".join(f"{name} {value}" for name in _FORMS for value in getattr(self, name))
 
     @property
     def first_feature(self) -> int | None:
-        """The feature that is named first, of clamps before additions."""
-        values = [*settings(self.clamp, "clamp"), *settings(self.add, "add")]
-        return _feature(values[0][0]) if values else None
+        """The feature that is named first, of the kinds of edits in their order."""
+        names: list[Name] = []
+        for option in ("clamp", "add"):
+            names += [_feature(key) for key, _ in settings(getattr(self, option), option)]
+        names += [_direction(key) for key, _ in settings(self.project, "project")]
+        names += [name for key, _ in settings(self.rotate, "rotate") for name in _plane(key)]
+        return next((name for name in names if isinstance(name, int)), None)
 
     def edits(self, run: Run) -> "list[Edit]":
-        """Clamps, then additions, then vectors."""
+        """Clamps, then additions, vectors, projections, rotations."""
         return run.edits(
             clamp={_feature(key): value for key, value in settings(self.clamp, "clamp")},
             add={_feature(key): value for key, value in settings(self.add, "add")},
             vector=dict(settings(self.vector, "vector")),
+            project={_direction(key): value for key, value in settings(self.project, "project")},
+            rotate={_plane(key): value for key, value in settings(self.rotate, "rotate")},
+            force=self.force,
         )
 
 
@@ -79,7 +96,7 @@ class Scoped:
         if not edits and loaded and self != Scoped():
             raise SteeringError(
                 "--load brings its own positions and conditions; give --where, --if and the like "
-                "with --clamp, --add or --vector, or save the edits anew"
+                "with --clamp, --add and their like, or save the edits anew"
             )
 
     def positions(self) -> "Positions":
@@ -151,16 +168,15 @@ def multiples(text: str) -> list[float]:
 
 
 def settings(values: Sequence[str], option: str) -> list[tuple[str, str]]:
-    """KEY=STRENGTH each, as pairs. SteeringError for another form, or a key given twice."""
+    """KEY=VALUE each, as pairs. SteeringError for another form, or a key given twice."""
     found: list[tuple[str, str]] = []
     for value in values:
-        key, equals, strength = value.partition("=")
+        key, equals, strength = value.rpartition("=")
         if not (key and equals and strength):
-            what = "NAME=STRENGTH" if option == "vector" else "FEATURE=STRENGTH"
-            raise SteeringError(f"--{option} {value!r} is not {what}, such as 12=8x")
+            raise SteeringError(f"--{option} {value!r} is not {_FORMS[option]}")
         key = str(int(key)) if key.isdecimal() and option != "vector" else key
         if key in (k for k, _ in found):
-            raise SteeringError(f"--{option} {key} is given twice; give it one strength")
+            raise SteeringError(f"--{option} {key} is given twice; give it one value")
         found.append((key, strength))
     return found
 
@@ -171,34 +187,15 @@ def _feature(text: str) -> int:
     return int(text)
 
 
-def saved_path(run: Run, name: str) -> Path:
-    """Where edits of that name are kept. RunError where it can't be a file's name."""
-    if not name or Path(name).name != name or name.startswith("."):
-        raise RunError(f"{name!r} is not a name for edits; use letters, digits and dashes")
-    return run.path / "steers" / f"{name}{_SUFFIX}"
+def _direction(text: str) -> Name:
+    return int(text) if text.isdecimal() else text
 
 
-def loaded(run: Run, name: str) -> "list[Edit]":
-    """Edits from a file, or from those that the run keeps, by name.
-
-    Raises:
-        RunError: there is no such file or name. SteeringError: it can't be used with this model.
-    """
-    from saesteer.steering.artifact import load_edits, read_document
-
-    path = Path(name)
-    if path.suffix != ".safetensors" and not path.is_file():
-        path = saved_path(run, name)
-    if not path.is_file():
-        folder = run.path / "steers"
-        known = sorted(p.name.removesuffix(_SUFFIX) for p in folder.glob(f"*{_SUFFIX}"))
-        raise RunError(
-            f"no edits at {path}; {run.path} keeps {', '.join(known) or 'none'}; save some with "
-            "--save NAME"
-        )
-    hashes = {sae["hash"] for sae in read_document(path)["saes"]}
-    ours = bool(hashes) and run.sae.hash in hashes
-    return load_edits(path, run.model, sae=run.sae if ours else None)
+def _plane(text: str) -> tuple[Name, Name]:
+    first, comma, second = text.partition(",")
+    if not (first and comma and second) or "," in second:
+        raise SteeringError(f"--rotate {text!r}: a plane is two directions, such as 12,40=30deg")
+    return _direction(first), _direction(second)
 
 
 def chat(

@@ -92,8 +92,10 @@ class View:
 
     def _receipt(self, receipt: "Receipt") -> str:
         """As a table, or where the terminal is too narrow for it, two lines an edit."""
-        table = str(receipt)
-        if not sys.stdout.isatty() or max(map(len, table.split("\n"))) <= self.width:
+        if not sys.stdout.isatty():
+            return str(receipt)
+        table = receipt.table(self.width)
+        if max(map(len, table.split("\n"))) <= self.width:
             return table
         lines = []
         for edit in receipt.edits:
@@ -139,7 +141,8 @@ class View:
         return f"{'  ' if sys.stdout.isatty() else ''}steered tokens {marks}{bars}"
 
     def _sweep(self, one: "Comparison") -> str:
-        parts = [f"edits     {self.title}, times each strength; seed {one.seed}"]
+        told = f"{self.title}, times each strength; seed {one.seed}"
+        parts = [_labelled("edits", told, self._wrap)]
         parts += ["", table(one, self._wrap)]
         parts += [f"CE, {one.reading or 'dist2'}: of the generated text, read unsteered"]
         if self.show:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from saesteer.core.model import HookPoint
 from saesteer.core.sae import Sae
-from saesteer.steering.edits import Add, Clamp, Edit, place, read_at
+from saesteer.steering.edits import Add, Clamp, Edit, Project, place, read_at
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ def of_vector(vector: Tensor, point: HookPoint) -> Reading:
 
 
 def of_edit(edit: Edit) -> Reading | None:
-    """What an edit is about: a clamp's feature, the vector that is added; None of any other."""
+    """What an edit is about: a clamp's feature, the direction added or projected on; else None."""
     if isinstance(edit, Clamp):
         return replace(of_feature(edit.sae, edit.feature), point=read_at(edit))
-    if isinstance(edit, Add) and bool(edit.vector.any()):
+    if isinstance(edit, Add | Project) and bool(edit.vector.any()):
         return of_vector(edit.vector, place(edit))
     return None

@@ -20,7 +20,7 @@ from saesteer.core.model import special_token_ids
 from saesteer.effects.damage import cross_entropy, distinct_n
 from saesteer.effects.readings import Reading
 from saesteer.errors import SteeringError
-from saesteer.steering.edits import Add, Clamp, Edit
+from saesteer.steering.edits import Add, Clamp, Edit, Project, Rotate
 from saesteer.steering.engine import steer
 from saesteer.steering.receipt import Receipt
 from saesteer.steering.record import TokenTrace
@@ -84,17 +84,23 @@ class Sampling:
 
 
 def scaled(edit: Edit, times: float) -> Edit:
-    """The edit with its strength multiplied.
+    """The edit with its strength multiplied: a clamp's value, an addition's factor, the number
+    that a projection is set to, the angle of a rotation.
 
     Raises:
-        SteeringError: an edit that has no strength: only clamps and additions have one.
+        SteeringError: an edit without one: a projection to 0, an affine map.
     """
     if isinstance(edit, Clamp):
         return replace(edit, value=edit.value * times)
     if isinstance(edit, Add):
         return replace(edit, strength=edit.strength * times)
+    if isinstance(edit, Project) and edit.to:
+        return replace(edit, to=edit.to * times)
+    if isinstance(edit, Rotate):
+        return replace(edit, angle=edit.angle * times)
     raise SteeringError(
-        f"{edit} has no strength to multiply: sweep clamps and additions, or leave the sweep out"
+        f"{edit} has no strength to multiply: sweep clamps, additions, angles or projections to "
+        "another number than 0, or leave the sweep out"
     )
 
 

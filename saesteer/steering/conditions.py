@@ -111,37 +111,43 @@ class Gate:
         else:
             self._sae = None
             self._vector = when.reads.vector.detach().to(device, torch.float32)
-        self._tokens: Tokens | None = None
+        self._pass = -1  # the forward pass that was read last
         self._open: Tensor | None = None
         self._prompt = -1
         self._first: Tensor | None = None  # column of the first firing, by row
 
     def read(self, x: Tensor, tokens: Tokens) -> None:
-        """x [batch, seq, d] of this pass, at the condition's place."""
+        """x [batch, seq, d] of this pass, at the condition's place, on whatever device that is."""
         reads = self.when.reads
         x = x.detach().float()
         if self._sae is not None:
+            if self._sae.W_dec.device != x.device:
+                self._sae = self._sae.to(x.device)
+                if isinstance(self._features, Tensor):
+                    self._features = self._features.to(x.device)
             holds = self._sae.activation(x, self._features)[..., 0] > self.when.above
         else:
             assert isinstance(reads, Projection)
             if self._vector.device != x.device:
                 self._vector = self._vector.to(x.device)
             holds = x @ self._vector + reads.offset > self.when.above
-        self._tokens = tokens
+        holds = holds.to(tokens.device)
+        self._pass = tokens.forward_index
         self._open = holds if self.when.lasting == "while" else self._lasting(holds, tokens)
 
     def holds(self, tokens: Tokens) -> Tensor:
-        """The tokens of this pass on which the edit applies: bool [batch, seq].
+        """The tokens of this pass on which the edit applies: bool [batch, seq] on tokens.device.
 
         Raises:
             SteeringError: the pass hasn't come by the condition's place.
         """
-        if self._tokens is not tokens or self._open is None:
+        # By number: the same pass has tokens of its own on each device that a model is spread over.
+        if self._pass != tokens.forward_index or self._open is None:
             raise SteeringError(
                 f"the condition {self.when} was not read before the edit that asks for it: this "
                 "model's parts run in another order"
             )
-        return self._open
+        return self._open.to(tokens.device)
 
     def _lasting(self, holds: Tensor, tokens: Tokens) -> Tensor:
         """Tokens from the first firing on, or before it."""

@@ -132,7 +132,7 @@ class Project(Scope):
         object.__setattr__(self, "point", _point(self.point))
 
     def __str__(self) -> str:
-        return f"projection to {self.to:g} at {self.point}"
+        return f"projection to {self.to:.4g} at {self.point}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +193,7 @@ class Rotate(Scope):
         object.__setattr__(self, "point", _point(self.point))
 
     def __str__(self) -> str:
-        return f"rotate {self.how} {self.angle:g} rad at {self.point}"
+        return f"rotate {self.how} {self.angle:.4g} rad at {self.point}"
 
 
 Edit = Clamp | Add | Project | Affine | Rotate

@@ -143,6 +143,8 @@ def from_lm_eval(path: str | Path, model: nn.Module) -> list[Edit]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
         reason = str(error).split("\n", maxsplit=1)[0]
+        if isinstance(error, pickle.UnpicklingError):  # torch's text advises to unpickle anything
+            reason = "it holds more than that, or is no file of torch's"
         raise SteeringError(
             f"{path} can't be read as tensors and plain values ({reason}); name a .pt file of "
             "vectors that you trust"

@@ -2,9 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from textwrap import wrap
 from typing import Any
 
 from saesteer.steering.record import EditReceipt, Record, TokenTrace
+
+# Columns that a table leaves to names of edits, however narrow it is to be.
+_SHORTEST = 16
 
 
 class Receipt:
@@ -43,14 +47,21 @@ class Receipt:
         return {"forwards": self.forwards, "prompts": self.prompts, "edits": edits}
 
     def __str__(self) -> str:
+        return self.table()
+
+    def table(self, width: int = 80) -> str:
+        """A line an edit, in so many columns; names that are too long for it are wrapped."""
         header = ("edit", "positions", "changed", "before", "after", "‖Δ‖/‖x‖")
         rows = [header, *(_cells(edit) for edit in self.edits)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        right = [[cell.rjust(w) for cell, w in zip(row, widths, strict=True)] for row in rows]
-        return "\n".join(
-            "  ".join([row[0].ljust(widths[0]), *cells[1:]])
-            for row, cells in zip(rows, right, strict=True)
-        )
+        gap = 2 if sum(widths) + 2 * len(widths[1:]) <= width else 1
+        name = max(_SHORTEST, min(widths[0], width - sum(widths[1:]) - gap * len(widths[1:])))
+        lines = []
+        for row in rows:
+            first, *others = wrap(row[0], name, subsequent_indent="  ")
+            numbers = [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
+            lines += [(" " * gap).join([first.ljust(name), *numbers]), *others]
+        return "\n".join(lines)
 
 
 def _cells(edit: EditReceipt) -> tuple[str, ...]:

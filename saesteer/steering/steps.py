@@ -92,7 +92,8 @@ class Chosen:
     def finished(self, x: Tensor, change: Tensor) -> Tensor:
         """x + change, in x's dtype, with x's norm where that is to be kept."""
         if not self.keep_norm:
-            return x + (change if change.dtype == x.dtype else change.to(x.dtype))
+            new = x + change  # a float32 change widens x: one rounding, at the end
+            return new if new.dtype == x.dtype else new.to(x.dtype)
         wide = x.float()
         new = wide + change.float()
         norms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
@@ -124,15 +125,14 @@ class AddStep:
             changes.append(vector * one.edit.strength)
         if placed[0].row is None:
             self._has: Tensor | None = None
-            self._exact = changes[0]  # [d]
+            self._change = changes[0]  # [d]
         else:
             rows = torch.tensor([one.row for one in placed], device=shared.device)
             self._has = torch.zeros(shared.rows, dtype=torch.bool, device=shared.device)
             self._has[rows] = True
             none = changes[0].new_zeros(shared.rows, len(changes[0]))
-            self._exact = none.index_copy(0, rows, torch.stack(changes))  # [rows, d]
+            self._change = none.index_copy(0, rows, torch.stack(changes))  # [rows, d]
         self._sizes = torch.stack(changes).detach().norm(dim=1)
-        self._change = self._exact  # the same, rounded to the activations' dtype
         # Adding zero isn't always nothing to the bit: -0 + 0 is +0.
         zero = [isinstance(one.edit, Add) and one.edit.strength == 0 for one in placed]
         if self._has is not None:
@@ -141,8 +141,8 @@ class AddStep:
         self._nothing = all(zero)
 
     def __call__(self, x: Tensor, tokens: Tokens) -> Tensor:
-        if self._change.dtype != x.dtype or self._change.device != x.device:
-            self._change = self._exact.to(x)
+        if self._change.device != x.device:
+            self._change = self._change.to(x.device)
             self._sizes = self._sizes.to(x.device)
             self._has = None if self._has is None else self._has.to(x.device)
         eligible, mask = self._chosen.masks(tokens)
@@ -154,7 +154,7 @@ class AddStep:
         if self._nothing:
             return x
         noted = mask
-        change = self._change if alike else self._exact.to(x.device)
+        change = self._change
         if self._has is not None:
             rows = tokens.source_rows
             change = change[rows][:, None]
