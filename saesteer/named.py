@@ -49,13 +49,14 @@ def edits(
     ]
     for feature, value in add.items():
         row, point = direction(run, feature)
-        found.append(Add(row, units.added(run, row, point, value, feature=feature), point))
+        strength = units.added(run, row, point, value, feature=feature)
+        found.append(Add(row, strength, point, _told(feature)))
     for name, value in vector.items():
         one, point = direction(run, name, force=force)
-        found.append(Add(one, units.added(run, one, point, value), point))
+        found.append(Add(one, units.added(run, one, point, value), point, _told(name)))
     for key, value in project.items():
         one, point = direction(run, key, force=force)
-        found.append(Project(one, point, _projection(key, value)))
+        found.append(Project(one, point, _projection(key, value), _told(key)))
     for plane, value in rotate.items():
         if not isinstance(plane, tuple) or len(plane) != 2:
             raise SteeringError(f"rotate={plane!r}: a plane is two directions, such as (12, 40)")
@@ -176,4 +177,4 @@ def _angle(first: Name, second: Name, value: Strength) -> tuple[float, Literal["
 
 
 def _told(name: Name) -> str:
-    return f"feature {name}" if isinstance(name, int) else str(name)
+    return f"feature {name}" if isinstance(name, int) else Path(name).stem

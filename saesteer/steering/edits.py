@@ -97,12 +97,14 @@ class Add(Scope):
 
     vector: [d_model] ([d_head] at a single head), any floating dtype and device; gradients flow to
     it. strength: a factor (the vector is taken as it is, not normalised). point: a HookPoint or
-    its name. Raises SteeringError where a number isn't finite or the vector isn't flat.
+    its name. name: what receipts call the vector. Raises SteeringError where a number isn't finite
+    or the vector isn't flat.
     """
 
     vector: Tensor
     strength: float
     point: HookPoint | str
+    name: str = "vector"
 
     def __post_init__(self) -> None:
         _flat(self.vector, "a vector to add")
@@ -110,7 +112,7 @@ class Add(Scope):
         object.__setattr__(self, "point", _point(self.point))
 
     def __str__(self) -> str:
-        return f"add {self.strength:.4g} × vector at {self.point}"
+        return f"add {self.strength:.4g} × {self.name} at {self.point}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,13 +120,15 @@ class Project(Scope):
     """Set the projection on a direction: x + (to − x·r̂) r̂, with r̂ = vector / ‖vector‖.
 
     vector: [d]. to: in the activation's own units; 0 projects the direction out, the mean of a
-    class's x·r̂ puts every token where that class is (Arditi et al. 2024, arXiv 2406.11717).
-    Raises SteeringError where a number isn't finite or the vector is zero.
+    class's x·r̂ puts every token where that class is (Arditi et al. 2024, arXiv 2406.11717). name:
+    what receipts call the vector. Raises SteeringError where a number isn't finite or the vector is
+    zero.
     """
 
     vector: Tensor
     point: HookPoint | str
     to: float = 0.0
+    name: str = "vector"
 
     def __post_init__(self) -> None:
         _flat(self.vector, "a vector to project on", nonzero=True)
@@ -132,7 +136,7 @@ class Project(Scope):
         object.__setattr__(self, "point", _point(self.point))
 
     def __str__(self) -> str:
-        return f"projection to {self.to:.4g} at {self.point}"
+        return f"projection on {self.name} to {self.to:.4g} at {self.point}"
 
 
 @dataclass(frozen=True, eq=False)
