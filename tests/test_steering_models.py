@@ -1,5 +1,6 @@
 """Models in parts, quantised or compiled, and ways to generate: steered rightly, or refused."""
 
+import copy
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,9 +17,9 @@ from transformers import AutoModelForCausalLM, TextIteratorStreamer, pipeline
 
 from saesteer.core.hooks import activations, capture
 from saesteer.core.hooks import edit as edit_activations
-from saesteer.core.model import HookPoint
+from saesteer.core.model import HookPoint, fingerprint
 from saesteer.core.tokens import Tokens
-from saesteer.errors import NothingSteeredError, SteeringError
+from saesteer.errors import ModelError, NothingSteeredError, SteeringError
 from saesteer.steering.bake import EVERYWHERE, bake
 from saesteer.steering.conditions import Feature, Gate, Projection, When
 from saesteer.steering.edits import Add, Affine, Clamp, Project, Rotate
@@ -123,6 +124,7 @@ def attributes(model: nn.Module) -> Any:
     "parts",
     [
         ["layers.1"],
+        ["embed_tokens", "layers.0", "layers.1", "layers.2"],
     ],
 )
 def test_weights_that_wait_on_disk_are_steered_to_the_bit(tmp_path: Path, parts: list[str]) -> None:
@@ -144,6 +146,8 @@ def test_a_model_partly_on_disk_is_read_but_has_no_fingerprint_and_is_not_baked(
     assert torch.equal(read, activations(tiny_model(), [MIDDLE], ids)[MIDDLE])
     with pytest.raises(SteeringError, match="not in memory"):
         bake(model, Add(vector(), 1.0, MIDDLE, where=EVERYWHERE), tmp_path / "baked")
+    with pytest.raises(ModelError, match="kept outside of memory"):
+        fingerprint(model)
 
 
 # --- two devices ---------------------------------------------------------------------------------
@@ -216,6 +220,28 @@ def two_devices() -> Iterator[None]:
         yield
 
 
+def parted(model: Any) -> Any:
+    """The model with all blocks after the first far away, parted as accelerate does it."""
+
+    def bring(module: nn.Module, device: Any) -> None:
+        forward = module.forward
+
+        def moved(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = tree_map_only(Tensor, lambda one: one.to(device), (args, kwargs))
+            return forward(*args, **kwargs)
+
+        module.forward = moved  # type: ignore[method-assign]
+
+    for module in (*model.model.layers[1:], model.model.norm):
+        for part in module.modules():
+            for name, weight in part._parameters.items():
+                if weight is not None:
+                    part._parameters[name] = nn.Parameter(Far(weight.data), requires_grad=False)
+        bring(module, FAR)
+    bring(model.lm_head, "cpu")
+    return model
+
+
 def test_the_second_device_of_these_tests_refuses_what_a_real_one_refuses() -> None:
     with two_devices():
         far, near = torch.ones(2, 3).to(FAR), torch.ones(2, 3)
@@ -252,6 +278,21 @@ def test_a_condition_goes_where_the_activations_are(architecture: str, lasting: 
     assert bool(here.holds(tokens).any()) and not bool(here.holds(tokens).all())
 
 
+@pytest.mark.filterwarnings("ignore:.*never applied")
+def test_a_model_on_two_devices_is_steered_as_one_on_one() -> None:
+    whole = tiny_model(attn_implementation="eager")
+    model = parted(tiny_model(attn_implementation="eager"))
+    ids, mask = prompts()
+    with two_devices():
+        plain = model(input_ids=ids, attention_mask=mask).logits
+    for edits in every_kind().values():
+        expected = outcome(whole, edits)
+        with two_devices():
+            assert_same(outcome(model, edits), expected)
+    with two_devices():
+        assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, plain)
+
+
 # --- quantised layers ----------------------------------------------------------------------------
 
 
@@ -270,6 +311,13 @@ def test_dynamically_quantised_layers_are_steered(tmp_path: Path) -> None:
             quantised(ids)
         changed = found[MIDDLE] - plain[MIDDLE]
         torch.testing.assert_close(changed, edit.vector.expand(2, 5, -1))
+    point = HookPoint(1, "head.3")
+    edit = Add(vector(0, 8), 1.0, point)
+    with capture(quantised, [point]) as plain:
+        quantised(ids)
+    with torch.no_grad(), steer(quantised, edit), capture(quantised, [point]) as found:
+        quantised(ids)
+    torch.testing.assert_close(found[point] - plain[point], edit.vector.expand(2, 5, -1))
     with torch.no_grad(), steer(quantised, Clamp(tiny_sae("topk"), 5, 8.0)) as receipt:
         quantised.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)
     assert receipt.edits[0].after_mean == 8.0
@@ -278,6 +326,35 @@ def test_dynamically_quantised_layers_are_steered(tmp_path: Path) -> None:
 
 
 # --- compiled and traced parts -------------------------------------------------------------------
+
+
+def compile_block(model: Any) -> None:
+    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+
+
+def compile_block_in_place(model: Any) -> None:
+    model.model.layers[1].compile(backend="eager")
+
+
+def compile_forward(model: Any) -> None:
+    model.forward = torch.compile(model.forward, backend="eager")
+
+
+def compile_base(model: Any) -> None:
+    model.model.compile(backend="eager")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, as it loads its compiler
+@pytest.mark.parametrize(
+    "compiles", [compile_block, compile_block_in_place, compile_forward, compile_base]
+)
+def test_a_model_of_which_a_part_is_compiled_is_refused_by_name(compiles: Any) -> None:
+    model = tiny_model()
+    compiles(model)
+    before = attributes(model)
+    with pytest.raises(SteeringError, match="compiled"), steer(model, ADD):
+        pass
+    assert attributes(model) == before
 
 
 class Logits(nn.Module):
@@ -296,6 +373,20 @@ def test_what_was_traced_before_is_not_taken_for_steered() -> None:
     traced = torch.jit.trace(Logits(model), ids, check_trace=False)
     with pytest.raises(NothingSteeredError), steer(model, ADD):
         traced(ids)
+    with (
+        pytest.raises(SteeringError, match="keep the edits for good"),
+        steer(model, ADD),
+    ):
+        torch.jit.trace(Logits(model), ids, check_trace=False)
+
+
+def test_a_pass_that_goes_around_the_edits_is_an_error() -> None:
+    model, ids = tiny_model(), random_ids(1, 5)
+    other = copy.deepcopy(model.model.layers[1])
+    with pytest.raises(SteeringError, match="1 of 2 forward passes"), steer(model, ADD):
+        model(ids)
+        model.model.layers[1] = other
+        model(ids)
 
 
 # --- ways to generate ----------------------------------------------------------------------------
@@ -369,3 +460,67 @@ def test_what_is_saved_meanwhile_is_the_unsteered_model(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_a_generate_that_the_context_does_not_see_is_refused() -> None:
+    model, ids = tiny_model(), random_ids(1, 5)
+    bound = model.generate
+    edit = Add(vector(), 2.0, MIDDLE, where=Positions(generated=False))
+    for generate in (bound, lambda *args, **how: type(model).generate(model, *args, **how)):
+        with pytest.raises(SteeringError, match="within the context"), steer(model, edit):
+            generate(ids, **GREEDY)
+    with pytest.raises(SteeringError, match="continuous batching"), steer(model, edit):
+        model.generate_batch([ids[0].tolist()])
+
+
+@pytest.mark.parametrize("how", ["itself", "early exit", "guidance"])
+def test_two_texts_at_once_in_one_generate_are_refused_by_name(how: str) -> None:
+    model, ids = tiny_model(), random_ids(1, 5)
+    settings: dict[str, Any] = {
+        "itself": {"assistant_model": model},
+        "early exit": {"assistant_early_exit": 2},
+        "guidance": {"guidance_scale": 2.0},
+    }[how]
+    with pytest.raises(SteeringError, match="whose tokens are whose"):
+        written(model, ids, **settings)
+
+
+def test_two_threads_in_one_model_at_once_are_refused() -> None:
+    model, second, raised = tiny_model(), threading.Event(), []
+    ids = random_ids(2, 5).clamp(min=4)
+
+    def other() -> None:
+        try:
+            model(ids)
+        except SteeringError as error:
+            raised.append(str(error))
+
+    def meanwhile(*_: Any) -> None:
+        if not second.is_set():
+            second.set()
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+
+    model.model.layers[0].register_forward_hook(meanwhile)
+    with torch.no_grad(), steer(model, ADD) as receipt:
+        model(ids)
+    assert len(raised) == 1 and "two threads" in raised[0]
+    assert receipt.edits[0].counts == [[5, 5]]
+
+
+def test_a_context_that_ends_before_its_text_does_is_an_error() -> None:
+    model, ids = tiny_model(), random_ids(1, 5)
+    begun, ended = threading.Event(), threading.Event()
+
+    def wait(_: Tensor, scores: Tensor) -> Tensor:
+        begun.set()
+        ended.wait(10)
+        return scores
+
+    thread = threading.Thread(target=lambda: written(model, ids, None, logits_processor=[wait]))
+    with pytest.raises(SteeringError, match="another thread"), steer(model, ADD):
+        thread.start()
+        assert begun.wait(10)
+    ended.set()
+    thread.join()

@@ -206,7 +206,11 @@ def _output_projection(block: nn.Module, point: HookPoint) -> nn.Module:
         attention = _descend(block, path)
         for name in _MIXES_HEADS:
             module = None if attention is None else _descend(attention, name)
-            if module is not None and isinstance(getattr(module, "weight", None), Tensor):
+            # torch.ao's quantised layers have a function in place of their weight.
+            if module is not None and (
+                hasattr(module, "in_features")
+                or isinstance(getattr(module, "weight", None), Tensor)
+            ):
                 return module
     raise HookPointError(
         f"{point}: no output projection was found in the attention of {type(block).__name__}: "
