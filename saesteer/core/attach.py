@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saesteer.core.blocks import decoder_layers, head_columns, site_module
+from saesteer.core.blocks import block_at, decoder_layers, head_columns, site_in, site_module
 from saesteer.core.follow import check_uncompiled
 from saesteer.core.model import HookPoint
 from saesteer.errors import HookPointError
@@ -31,8 +31,9 @@ def attach(
 
     Raises HookPointError for a place the model doesn't have, SteeringError where it is compiled.
     """
-    module, side = site_module(model, point)
-    for part in (decoder_layers(model)[point.layer], module):
+    block = block_at(model, point)
+    module, side = site_in(block, model, point)
+    for part in (block, module):
         check_uncompiled(part, f"the {type(part).__name__} at {point}")
     if point.head is not None:
         use = _of_columns(use, head_columns(model, point))
@@ -51,7 +52,7 @@ def attach(
 
     shape, half = threading.local(), point.site in HALVES
     if half:
-        _remember_shape(stack, decoder_layers(model)[point.layer], shape)
+        _remember_shape(stack, block, shape)
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         x = first(output)
