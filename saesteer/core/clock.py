@@ -62,6 +62,7 @@ class TokenClock:
         self.generation: Generation | None = None  # the `generate` that is running
         self._prompt_mask: Tensor | None = None  # the generation's, for all rows of its passes
         self._tokens: Tokens | None = None
+        self._latest: Tokens | None = None  # the same, also after the pass
         self._inside = False  # within a forward pass of the whole model
         self._thread = 0  # the one in which it runs
         self._seen = 0  # columns of the present prompt that some pass has covered
@@ -130,6 +131,12 @@ class TokenClock:
                 SteeringWarning,
                 stacklevel=2,
             )
+        for name in ("cache_params", "state"):
+            if call.get(name) is not None:
+                raise SteeringError(
+                    f"the model keeps its past in {name}, which doesn't tell how many tokens it "
+                    "holds: pass use_cache=False"
+                )
         batch, seq = source.shape[:2]
         past = _past_length(call.get("past_key_values"))
         again = self.generation is not None and self._seen > 0
@@ -137,8 +144,12 @@ class TokenClock:
             self.prompts += 1
             self._seen, self._rows = 0, batch
             self._ids = _Ids()
+        elif 0 < past < self._seen and self._latest is not None:
+            # The last pass held guesses that were not taken; others come in their place.
+            self._latest.keep(max(past - self._latest.past_length, 0))
+            self._seen = past
         self._ids.add(ids, past)
-        self._tokens = Tokens(
+        self._latest = self._tokens = Tokens(
             shape=source.shape[:2],
             device=source.device,
             input_ids=ids,
@@ -149,6 +160,7 @@ class TokenClock:
             forward_index=self.forwards,
             prompt_index=self.prompts - 1,
             first_new=min(max(self._seen - past, 0), seq),
+            kept=seq,
             mask=self._mask(call.get("attention_mask"), batch, past + seq),
             special_ids=self._special,
             generating=self.generation is not None,
@@ -183,6 +195,13 @@ class TokenClock:
             self._prompt_mask = given.repeat_interleave(batch // len(given), 0)
         prompt = self._prompt_mask[:, :width]
         return nn.functional.pad(prompt, (0, width - prompt.shape[1]), value=1)
+
+    def generated(self, width: int) -> None:
+        """`generate` is over, and its texts are so wide: the last pass's guesses end there."""
+        last = self._latest
+        if last is not None and last.past_length > 0 and last.shape[1] > 1:
+            # The last token of a text never passes through the model.
+            last.keep(min(last.kept, max(width - 1 - last.past_length, 0)))
 
     @contextmanager
     def generating(self, generation: Generation) -> Iterator[None]:

@@ -112,7 +112,11 @@ def _listen_to_generate(stack: ExitStack, model: nn.Module, clock: TokenClock) -
                 "and one thread at a time"
             )
         with clock.generating(_read_generation(model, args, kwargs)):
-            return run(*args, **kwargs)
+            output = run(*args, **kwargs)
+        texts = getattr(output, "sequences", output)
+        if isinstance(texts, Tensor) and kwargs.get("inputs_embeds") is None:
+            clock.generated(texts.shape[1])
+        return output
 
     def around_step(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # Every way of generating comes by here, also a `generate` bound before the context was

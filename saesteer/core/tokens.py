@@ -45,6 +45,9 @@ class Tokens:
     first_new: int
     """Columns of this pass before this one were seen before: without a cache, `generate` sends
     the whole sequence again at every step."""
+    kept: int
+    """Columns of this pass from this one on were guesses (an assistant's, or looked up in the
+    prompt) that were not taken; known when the next pass begins, until then seq."""
     mask: Tensor | None
     """The attention mask from the very first column on [batch, past + seq]; None: no padding."""
     special_ids: frozenset[int]
@@ -69,6 +72,11 @@ class Tokens:
                 self, device=device, input_ids=cast(LongTensor | None, ids)
             )
         return self._elsewhere[device]
+
+    def keep(self, kept: int) -> None:
+        """Say how many of this pass's columns were kept, on all devices."""
+        for each in (self, *self._elsewhere.values()):
+            each.kept = kept
 
     @cached_property
     def _elsewhere(self) -> dict[torch.device, "Tokens"]:

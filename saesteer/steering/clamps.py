@@ -11,7 +11,7 @@ from saesteer.core.sae import Sae
 from saesteer.core.tokens import Tokens
 from saesteer.errors import SteeringError
 from saesteer.steering.edits import Clamp
-from saesteer.steering.record import Pass
+from saesteer.steering.passes import Pass
 from saesteer.steering.steps import Chosen, Placed, Shared, alike
 
 
