@@ -19,6 +19,7 @@ from saesteer.steering.conditions import Projection, When
 from saesteer.steering.edits import Add, Clamp
 from saesteer.steering.engine import steer
 from saesteer.steering.positions import Positions
+from tests.test_steering_devices import attributes
 from tests.test_steering_rows import GREEDY
 from tests.tiny import BOS, WIDTH, random_ids, tiny_model, tiny_sae, tiny_tokenizer
 
