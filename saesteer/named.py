@@ -56,7 +56,7 @@ def edits(
         found.append(Add(one, units.added(run, one, point, value), point, _told(name)))
     for key, value in project.items():
         one, point = direction(run, key, force=force)
-        found.append(Project(one, point, _projection(key, value), _told(key)))
+        found.append(Project(one, point, _projection(run, key, value, force), _told(key)))
     for plane, value in rotate.items():
         if not isinstance(plane, tuple) or len(plane) != 2:
             raise SteeringError(f"rotate={plane!r}: a plane is two directions, such as (12, 40)")
@@ -69,7 +69,8 @@ def edits(
                 "two directions of one hook point"
             )
         angle, how = _angle(first, second, value)
-        found.append(Rotate(one, other, angle, point, how))
+        plane_name = f"{_told(first)}, {_told(second)}"
+        found.append(Rotate(one, other, angle, point, how, plane_name))
     return found
 
 
@@ -151,13 +152,23 @@ def edits_path(run: "Run", name: str) -> Path:
     return run.path / "steers" / f"{name}{_SUFFIX}"
 
 
-def _projection(name: Name, value: Strength) -> float:
+def _projection(run: "Run", name: Name, value: Strength, force: bool) -> float:
+    """A number, or "chosen" or "rejected": where that side of a vector's pairs is on average."""
+    if value in ("chosen", "rejected") and isinstance(name, str):
+        mean = load_vector(run, name, force=force).provenance.get(f"{value}_mean")
+        if mean is None:
+            raise SteeringError(
+                f"{_told(name)} doesn't say where its {value} side is: fit it again, or give a "
+                "number"
+            )
+        return float(mean)
     try:
         return float(value)
     except (TypeError, ValueError):
         raise SteeringError(
             f"{value!r} is no projection on {_told(name)}; give a plain number in the units of "
-            "the activation, 0 to project the direction out"
+            "the activation, 0 to project the direction out, or of a vector fitted on pairs "
+            "chosen or rejected, where that side is on average"
         ) from None
 
 

@@ -253,10 +253,22 @@ def test_numbers_of_numpy_and_torch_are_kept(tmp_path: Path, model: PreTrainedMo
 def test_another_model_is_refused_unless_forced(tmp_path: Path, model: PreTrainedModel) -> None:
     path = saved(tmp_path, model, [Add(vector(), 1.0, MIDDLE)])
     other = tiny_model(seed=1)
-    with pytest.raises(SteeringError, match=f"{fingerprint(model)}.*{fingerprint(other)}.*force"):
+    with pytest.raises(SteeringError, match=f"{fingerprint(other)}.*{fingerprint(model)}.*force"):
         load_edits(path, other)
     (forced,) = load_edits(path, other, force=True)
     assert isinstance(forced, Add) and torch.equal(forced.vector, vector())
+
+
+def test_weights_that_are_only_larger_are_other_weights(tmp_path: Path) -> None:
+    """No sign of them differs, which is all that the fingerprint goes by; rounding is no change."""
+    model = tiny_model()
+    path = saved(tmp_path, model, [Add(vector(), 1.0, MIDDLE)])
+    for rounded in (torch.bfloat16, torch.float16):
+        load_edits(path, tiny_model().to(rounded))
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight.mul_(1.03)
+    with pytest.raises(SteeringError, match="1 of its parameters are of another size"):
+        load_edits(path, model)
 
 
 def rewritten(

@@ -277,7 +277,7 @@ def test_the_page_opens_offline_and_escapes_what_it_is_given(capsys, folder, tmp
         ("--clamp 3=4x --if '999>1'", "999"),
         ("--clamp 3=4x --lasting from", "--lasting from is about a condition"),
         ("--clamp 3=4x --fade slow", "--fade 'slow' is not linear:TOKENS"),
-        ("--clamp 3=4x --fade linear:0", "over 1 token or more"),
+        ("--clamp 3=4x --fade linear:0", "--fade 'linear:0' is not linear:TOKENS"),
         ("--clamp 3=4x --where generated --first 2", "switched off"),
         ("--clamp 3=4x --every 0", "every=0"),
         ("--clamp 3=4x --after zebra", "touched no token"),

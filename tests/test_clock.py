@@ -212,6 +212,23 @@ def test_each_generate_is_a_prompt_also_without_a_cache() -> None:
     assert [int(t.is_generated.sum()) for t in seen] == [0, 1, 0, 1, 0]
 
 
+def test_padding_longer_than_the_first_piece_of_a_prompt_is_padding_in_all_of_them() -> None:
+    model, ids = tiny_model(), random_ids(2, 6)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    seen = watch(
+        model,
+        lambda: model.generate(
+            ids, attention_mask=mask, prefill_chunk_size=2, max_new_tokens=3, min_new_tokens=3,
+            do_sample=False,
+        ),
+    )  # fmt: skip
+    found = torch.cat([
+        torch.ones(t.shape, dtype=torch.bool) if t.is_plain is None else t.is_plain for t in seen
+    ], 1)  # fmt: skip
+    assert found[0].tolist() == [False] * 4 + [True] * 4 and bool(found[1].all())
+
+
 def test_assisted_generation_keeps_time() -> None:
     """Guessed tokens that are thrown away are seen again: columns go back, and are not new."""
     model, assistant = tiny_model(), tiny_model(seed=1)

@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -69,6 +70,11 @@ def test_directions_are_projected_out_and_turned(capsys, directed, small_run):
     by_file = rows(capsys, f"{line} --project {directed}/steers/sea.safetensors=25")[0]
     assert by_file == rows(capsys, f"{line} --project sea=25")[0]
     assert by_file["reading"] == "projection" and by_file["steered"] != by_file["baseline"]
+    means = {"chosen_mean": 25.0, "rejected_mean": -1.0}
+    kept = Direction.load(directed / "steers" / "sea.safetensors")
+    replace(kept, provenance=means).save(directed / "steers" / "near.safetensors")
+    to_class = rows(capsys, f"{line} --project near=chosen")[0]
+    assert to_class["steered"] == by_file["steered"]
     swept = rows(capsys, f"{line} --project sea=1 --rotate 3,sea=0.2 --sweep 1,2")[0]
     edits = [edit["edit"] for edit in swept["receipt"]["edits"]]
     assert ["to 2 at" in edits[2], "by 0.4 rad" in edits[3]] == [True, True]

@@ -307,6 +307,8 @@ def test_additions_in_units_that_compare(opened, fired):
     (by_norm,) = opened.edits(add={fired: "0.5n"})
     change = float(by_norm.vector.norm()) * by_norm.strength
     assert change == pytest.approx(0.5 * opened.shards.statistics.mean_norm, rel=1e-5)
+    long = units.added(opened, 3 * by_norm.vector, point, "0.5n")
+    assert long == pytest.approx(by_norm.strength / 3, rel=1e-5)
     (by_kl,) = opened.edits(add={fired: "kl0.05"})
     reference = Reference(
         opened.model, opened.tokenizer, units.neutral_tokens(opened, units.CONTEXTS)

@@ -145,6 +145,8 @@ def test_what_an_edit_is_about(tiny):
     clamp = readings.of_edit(Clamp(sae, 7, 1.0))
     assert clamp.name == "feature 7"
     assert torch.equal(clamp.read(x), sae.activation(x, [7])[..., 0])
+    moved = readings.of_edit(Clamp(sae, 7, 1.0, point=HookPoint(0, "mlp_out")))
+    assert moved.point == HookPoint(0, "mlp_out") != sae.hook_point
     add = readings.of_edit(Add(3 * torch.eye(WIDTH)[4], 2.0, "layers.0.resid_post"))
     assert torch.allclose(add.read(x), x[..., 4])
     out = readings.of_edit(Project(torch.eye(WIDTH)[4], "layers.1.resid_post"))

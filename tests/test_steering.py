@@ -364,6 +364,7 @@ def test_no_ops_keep_even_the_sign_of_zero(edit: Edit) -> None:
         forward_index=0,
         prompt_index=0,
         first_new=0,
+        kept=3,
         mask=None,
         special_ids=frozenset([BOS]),
         generating=False,

@@ -1,32 +1,27 @@
-"""Models in parts, quantised or compiled, and ways to generate: steered rightly, or refused."""
+"""Models quantised or compiled, and ways to generate: steered rightly, or refused by name."""
 
+import copy
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
-from transformers import AutoModelForCausalLM, TextIteratorStreamer, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, TextIteratorStreamer, pipeline
 
-from saesteer.core.hooks import activations, capture
-from saesteer.core.hooks import edit as edit_activations
+from saesteer.core.hooks import capture
 from saesteer.core.model import HookPoint
-from saesteer.core.tokens import Tokens
 from saesteer.errors import NothingSteeredError, SteeringError
 from saesteer.steering.bake import EVERYWHERE, bake
-from saesteer.steering.conditions import Feature, Gate, Projection, When
-from saesteer.steering.edits import Add, Affine, Clamp, Project, Rotate
+from saesteer.steering.conditions import Projection, When
+from saesteer.steering.edits import Add, Clamp
 from saesteer.steering.engine import steer
 from saesteer.steering.positions import Positions
-from saesteer.steering.schedules import Decay
-from tests.test_steering_rows import GREEDY, transcoder
-from tests.tiny import BOS, PAD, WIDTH, random_ids, tiny_model, tiny_sae, tiny_tokenizer
+from tests.test_steering_devices import attributes
+from tests.test_steering_rows import GREEDY
+from tests.tiny import BOS, WIDTH, random_ids, tiny_model, tiny_sae, tiny_tokenizer
 
 MIDDLE = HookPoint(1, "resid_post")
 
@@ -36,220 +31,6 @@ def vector(seed: int = 0, width: int = WIDTH) -> Tensor:
 
 
 ADD = Add(vector(), 2.0, MIDDLE)
-
-
-def prompts() -> tuple[Tensor, Tensor]:
-    """Three rows, the first padded on the left, with their mask."""
-    ids = random_ids(3, 6).clamp(min=4)
-    mask = torch.ones_like(ids)
-    mask[0, :2], ids[0, :2] = 0, PAD
-    ids[0, 2] = ids[1:, 0] = BOS
-    return ids, mask
-
-
-def every_kind() -> dict[str, Any]:
-    """An edit of each kind, at and after the place where a model is parted in two."""
-    topk, earlier = tiny_sae("topk"), Projection(vector(4), "layers.0.resid_post")
-    return {
-        "add": ADD,
-        "clamp": Clamp(tiny_sae(), 5, 8.0),
-        "topk": Clamp(topk, 5, 4.0),
-        "feature": Add(vector(), 1.0, MIDDLE, when=When(Feature(tiny_sae(), 7), 0.2)),
-        "feature of topk": Add(vector(), 1.0, MIDDLE, when=When(Feature(topk, 7), 0.1)),
-        "from earlier": Clamp(tiny_sae(), 5, 8.0, when=When(earlier, 0.5, "from")),
-        "until": Add(vector(), 1.0, MIDDLE, when=When(Projection(vector(4), MIDDLE), 6.0, "until")),
-        "rows": [
-            [Add(vector(), 1.0, "layers.0.resid_post"), Add(vector(), 1.0, MIDDLE)],
-            [Clamp(tiny_sae(), 5, 8.0), Project(vector(), MIDDLE)],
-            [Add(vector(), 1.0, MIDDLE), Add(vector(1), 1.0, "layers.2.mlp_out")],
-        ],
-        "head": Add(vector(0, 8), 1.0, "layers.1.head.3"),
-        "resid_pre": Add(vector(), 1.0, "layers.1.resid_pre"),
-        "attn_out": Add(vector(), 1.0, "layers.1.attn_out", keep_norm=True),
-        "mlp_out": Affine(torch.eye(WIDTH) / 2, vector(), "layers.1.mlp_out", schedule=Decay(2.0)),
-        "rotate": Rotate(vector(), vector(1), 0.5, MIDDLE, where=Positions(special=True)),
-        "last": Add(vector(), 1.0, MIDDLE, where=Positions(last=2)),
-        "after": Add(vector(), 1.0, MIDDLE, where=Positions(after="the")),
-        "spans": Clamp(tiny_sae(), 5, 8.0, where=Positions(spans=((1, 9),), every=2)),
-        "transcoder": Clamp(transcoder("jumprelu", apply_b_dec_to_input=False), 5, 3.0),
-    }
-
-
-def outcome(model: Any, edits: Any) -> tuple[Tensor, list[list[int]], Any]:
-    """Logits of a bare pass, what `generate` writes, and the receipt of both."""
-    ids, mask = prompts()
-    tokenizer = tiny_tokenizer()
-    ids[:, 3] = tokenizer("the").input_ids[0]
-    settings = {**GREEDY, "min_new_tokens": 5, "max_new_tokens": 5}
-    with torch.no_grad(), steer(model, edits, tokenizer=tokenizer) as receipt:
-        logits = model(input_ids=ids, attention_mask=mask).logits
-        texts = model.generate(input_ids=ids, attention_mask=mask, **settings).tolist()
-    return logits, texts, (receipt.to_dict(), receipt.traces())
-
-
-def assert_same(first: tuple[Any, ...], second: tuple[Any, ...]) -> None:
-    torch.testing.assert_close(first[0], second[0], atol=0, rtol=0)
-    assert first[1:] == second[1:]
-
-
-# --- weights on disk -----------------------------------------------------------------------------
-
-
-def from_disk(folder: Path, parts: list[str]) -> Any:
-    """A saved tiny model of which accelerate keeps some parts on disk between calls."""
-    pytest.importorskip("accelerate")
-    plain = tiny_model()
-    plain.save_pretrained(folder / "saved")
-    names = ["embed_tokens", "norm", "rotary_emb", "layers.0", "layers.1", "layers.2"]
-    places = {f"model.{name}": "disk" if name in parts else "cpu" for name in names}
-    model = AutoModelForCausalLM.from_pretrained(
-        folder / "saved",
-        device_map={**places, "lm_head": "cpu"},
-        offload_folder=str(folder / "aside"),
-    )
-    model.generation_config = plain.generation_config
-    return model.eval()
-
-
-def attributes(model: nn.Module) -> Any:
-    return {
-        name: (set(vars(part)), list(part._forward_hooks), list(part._forward_pre_hooks))
-        for name, part in model.named_modules()
-    }
-
-
-@pytest.mark.filterwarnings("ignore:.*never applied")
-@pytest.mark.parametrize(
-    "parts",
-    [
-        ["layers.1"],
-    ],
-)
-def test_weights_that_wait_on_disk_are_steered_to_the_bit(tmp_path: Path, parts: list[str]) -> None:
-    whole, model = tiny_model(), from_disk(tmp_path, parts)
-    assert model.model.layers[1].mlp.up_proj.weight.is_meta
-    before, ids = attributes(model), prompts()[0]
-    plain = model(ids).logits
-    for edits in every_kind().values():
-        assert_same(outcome(model, edits), outcome(whole, edits))
-    assert attributes(model) == before
-    assert torch.equal(model(ids).logits, plain)
-
-
-def test_a_model_partly_on_disk_is_read_but_has_no_fingerprint_and_is_not_baked(
-    tmp_path: Path,
-) -> None:
-    model, ids = from_disk(tmp_path, ["layers.1"]), random_ids(2, 4)
-    read = activations(model, [MIDDLE], ids)[MIDDLE]
-    assert torch.equal(read, activations(tiny_model(), [MIDDLE], ids)[MIDDLE])
-    with pytest.raises(SteeringError, match="not in memory"):
-        bake(model, Add(vector(), 1.0, MIDDLE, where=EVERYWHERE), tmp_path / "baked")
-
-
-# --- two devices ---------------------------------------------------------------------------------
-
-
-FAR = torch.device("lazy:0")  # a device that torch knows by name and has nothing behind
-
-
-class Far(Tensor):
-    """A CPU tensor that says it is on another device, and doesn't mix with those that don't."""
-
-    near: Tensor
-
-    @staticmethod
-    def __new__(cls, near: Tensor) -> "Far":
-        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, near.shape, strides=near.stride(), dtype=near.dtype, device=FAR
-        )
-        made.near = near
-        return made
-
-    def tolist(self) -> Any:
-        return self.near.tolist()
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, tuple):  # a list would become a tensor where no mode sees it
-            index = tuple(Far(torch.tensor(i)) if isinstance(i, list) else i for i in index)
-        return super().__getitem__(index)
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return on_its_device(func, args, kwargs or {})
-
-
-def on_its_device(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run an operation on the CPU; RuntimeError where a true second device would refuse it."""
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    name, target = func.overloadpacket.__name__, kwargs.get("device")
-    far = any(isinstance(one, Far) for one in tensors)
-    near = any(one.dim() and not isinstance(one, Far) for one in tensors)
-    if far and near and name not in ("_to_copy", "copy_"):
-        raise RuntimeError(f"{name}: tensors on two devices")
-    if target is not None:
-        far, kwargs = torch.device(target) == FAR, {**kwargs, "device": "cpu"}
-    args, kwargs = tree_map_only(Far, lambda one: one.near, (args, kwargs))
-    out = func(*args, **kwargs)
-    if name.endswith("_"):  # in place
-        return tensors[0]
-    return tree_map_only(Tensor, Far, out) if far else out
-
-
-class _Operations(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return on_its_device(func, args, kwargs or {})
-
-
-class _Constants(TorchFunctionMode):
-    """torch.tensor(…, device=FAR), which makes its tensor below the operations."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.tensor and torch.device(kwargs.get("device") or "cpu") == FAR:
-            return Far(torch.tensor(*args, **{**kwargs, "device": "cpu"}))
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def two_devices() -> Iterator[None]:
-    with _Operations(), _Constants():
-        yield
-
-
-def test_the_second_device_of_these_tests_refuses_what_a_real_one_refuses() -> None:
-    with two_devices():
-        far, near = torch.ones(2, 3).to(FAR), torch.ones(2, 3)
-        assert (far + 1).device == FAR and (far + far).to("cpu").tolist() == (near + 1).tolist()
-        for wrong in (
-            lambda: far + near,
-            lambda: far @ near.T,
-            lambda: torch.where(near > 0, far, far),
-            lambda: torch.cat([far, near]),
-        ):
-            with pytest.raises(RuntimeError, match="two devices"):
-                wrong()
-
-
-@pytest.mark.parametrize("lasting", ["while", "from", "until"])
-@pytest.mark.parametrize("architecture", ["standard", "topk"])
-def test_a_condition_goes_where_the_activations_are(architecture: str, lasting: Any) -> None:
-    """Read on another device than the tokens', it answers on theirs, and as it would there."""
-    model, seen = tiny_model(), []
-
-    def see(x: Tensor, tokens: Tokens) -> Tensor:
-        seen.append((x, tokens))
-        return x
-
-    with torch.no_grad(), edit_activations(model, {MIDDLE: see}):
-        model(random_ids(3, 6).clamp(min=4))
-    ((x, tokens),) = seen
-    when = When(Feature(tiny_sae(architecture), 7), 0.2, lasting)
-    here, there = (Gate(when, torch.device("cpu")) for _ in range(2))
-    here.read(x, tokens)
-    with two_devices():
-        there.read(x.to(FAR), tokens)
-        assert there.holds(tokens).tolist() == here.holds(tokens).tolist()
-    assert bool(here.holds(tokens).any()) and not bool(here.holds(tokens).all())
 
 
 # --- quantised layers ----------------------------------------------------------------------------
@@ -270,6 +51,13 @@ def test_dynamically_quantised_layers_are_steered(tmp_path: Path) -> None:
             quantised(ids)
         changed = found[MIDDLE] - plain[MIDDLE]
         torch.testing.assert_close(changed, edit.vector.expand(2, 5, -1))
+    point = HookPoint(1, "head.3")
+    edit = Add(vector(0, 8), 1.0, point)
+    with capture(quantised, [point]) as plain:
+        quantised(ids)
+    with torch.no_grad(), steer(quantised, edit), capture(quantised, [point]) as found:
+        quantised(ids)
+    torch.testing.assert_close(found[point] - plain[point], edit.vector.expand(2, 5, -1))
     with torch.no_grad(), steer(quantised, Clamp(tiny_sae("topk"), 5, 8.0)) as receipt:
         quantised.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)
     assert receipt.edits[0].after_mean == 8.0
@@ -278,6 +66,35 @@ def test_dynamically_quantised_layers_are_steered(tmp_path: Path) -> None:
 
 
 # --- compiled and traced parts -------------------------------------------------------------------
+
+
+def compile_block(model: Any) -> None:
+    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+
+
+def compile_block_in_place(model: Any) -> None:
+    model.model.layers[1].compile(backend="eager")
+
+
+def compile_forward(model: Any) -> None:
+    model.forward = torch.compile(model.forward, backend="eager")
+
+
+def compile_base(model: Any) -> None:
+    model.model.compile(backend="eager")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, as it loads its compiler
+@pytest.mark.parametrize(
+    "compiles", [compile_block, compile_block_in_place, compile_forward, compile_base]
+)
+def test_a_model_of_which_a_part_is_compiled_is_refused_by_name(compiles: Any) -> None:
+    model = tiny_model()
+    compiles(model)
+    before = attributes(model)
+    with pytest.raises(SteeringError, match="compiled"), steer(model, ADD):
+        pass
+    assert attributes(model) == before
 
 
 class Logits(nn.Module):
@@ -296,6 +113,20 @@ def test_what_was_traced_before_is_not_taken_for_steered() -> None:
     traced = torch.jit.trace(Logits(model), ids, check_trace=False)
     with pytest.raises(NothingSteeredError), steer(model, ADD):
         traced(ids)
+    with (
+        pytest.raises(SteeringError, match="keep the edits for good"),
+        steer(model, ADD),
+    ):
+        torch.jit.trace(Logits(model), ids, check_trace=False)
+
+
+def test_a_pass_that_goes_around_the_edits_is_an_error() -> None:
+    model, ids = tiny_model(), random_ids(1, 5)
+    other = copy.deepcopy(model.model.layers[1])
+    with pytest.raises(SteeringError, match="1 of 2 forward passes"), steer(model, ADD):
+        model(ids)
+        model.model.layers[1] = other
+        model(ids)
 
 
 # --- ways to generate ----------------------------------------------------------------------------
@@ -328,6 +159,52 @@ def test_every_way_to_decode_greedily_writes_one_text(how: str, lasting: Any) ->
     with torch.inference_mode() if how == "inference" else nullcontext():
         steered = written(model, ids, edit, **settings)
     assert steered == written(model, ids, edit) == written(model, ids, edit, use_cache=False)
+
+
+@pytest.mark.parametrize("tokens", [6, 7, 9, 12])
+def test_guesses_that_are_not_taken_are_in_no_receipt(tokens: int) -> None:
+    model, ids, sae = tiny_model(), random_ids(1, 6).clamp(min=4), tiny_sae()
+    edits = [Add(vector(), 2.0, MIDDLE), Clamp(sae, 5, 1.0, where=Positions(prompt=False))]
+    how: dict[str, Any] = {**GREEDY, "max_new_tokens": tokens, "min_new_tokens": tokens}
+
+    def told(**more: Any) -> Any:
+        with steer(model, edits) as receipt:
+            model.generate(ids, attention_mask=torch.ones_like(ids), **how, **more)
+        return receipt
+
+    plain = told()
+    for more in (
+        {"prompt_lookup_num_tokens": 3},
+        {"assistant_model": tiny_model()},
+        {"assistant_model": tiny_model(seed=3)},
+    ):
+        guessed = told(**more)
+        for number, (a, b) in enumerate(zip(guessed.edits, plain.edits, strict=True)):
+            assert (a.counts, a.n_changed) == (b.counts, b.n_changed)
+            assert a.relative_size == pytest.approx(b.relative_size, rel=1e-5)
+            if number == 1:
+                assert a.before_mean == pytest.approx(b.before_mean, rel=1e-4)
+            seen = [[token[:2] for token in receipt.traces(number)[0][0]]
+                    for receipt in (guessed, plain)]  # fmt: skip
+            assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("arch", ["mamba", "mamba2", "rwkv"])
+def test_a_state_that_does_not_tell_its_length_is_refused_and_steered_without(arch: str) -> None:
+    sizes: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": 3, "vocab_size": 96}
+    sizes |= {"num_heads": 8, "head_dim": 8, "state_size": 8} if arch == "mamba2" else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(arch, **sizes, bos_token_id=BOS, eos_token_id=2)
+        model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    ids = random_ids(1, 5).clamp(min=4)
+    for where, count in ((Positions(), 12), (Positions(generated=False), 5)):
+        edit = Add(vector(), 2.0, MIDDLE, where=where)
+        with steer(model, edit) as receipt:
+            model.generate(ids, max_new_tokens=8, min_new_tokens=8, use_cache=False)
+        assert receipt.edits[0].counts == [[count]]
+        with pytest.raises(SteeringError, match="pass use_cache=False"), steer(model, edit):
+            model.generate(ids, max_new_tokens=8, min_new_tokens=8)
 
 
 def test_a_streamer_in_a_thread_and_a_pipeline_write_the_same() -> None:
@@ -369,3 +246,67 @@ def test_what_is_saved_meanwhile_is_the_unsteered_model(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_a_generate_that_the_context_does_not_see_is_refused() -> None:
+    model, ids = tiny_model(), random_ids(1, 5)
+    bound = model.generate
+    edit = Add(vector(), 2.0, MIDDLE, where=Positions(generated=False))
+    for generate in (bound, lambda *args, **how: type(model).generate(model, *args, **how)):
+        with pytest.raises(SteeringError, match="within the context"), steer(model, edit):
+            generate(ids, **GREEDY)
+    with pytest.raises(SteeringError, match="continuous batching"), steer(model, edit):
+        model.generate_batch([ids[0].tolist()])
+
+
+@pytest.mark.parametrize("how", ["itself", "early exit", "guidance"])
+def test_two_texts_at_once_in_one_generate_are_refused_by_name(how: str) -> None:
+    model, ids = tiny_model(), random_ids(1, 5)
+    settings: dict[str, Any] = {
+        "itself": {"assistant_model": model},
+        "early exit": {"assistant_early_exit": 2},
+        "guidance": {"guidance_scale": 2.0},
+    }[how]
+    with pytest.raises(SteeringError, match="whose tokens are whose"):
+        written(model, ids, **settings)
+
+
+def test_two_threads_in_one_model_at_once_are_refused() -> None:
+    model, second, raised = tiny_model(), threading.Event(), []
+    ids = random_ids(2, 5).clamp(min=4)
+
+    def other() -> None:
+        try:
+            model(ids)
+        except SteeringError as error:
+            raised.append(str(error))
+
+    def meanwhile(*_: Any) -> None:
+        if not second.is_set():
+            second.set()
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+
+    model.model.layers[0].register_forward_hook(meanwhile)
+    with torch.no_grad(), steer(model, ADD) as receipt:
+        model(ids)
+    assert len(raised) == 1 and "two threads" in raised[0]
+    assert receipt.edits[0].counts == [[5, 5]]
+
+
+def test_a_context_that_ends_before_its_text_does_is_an_error() -> None:
+    model, ids = tiny_model(), random_ids(1, 5)
+    begun, ended = threading.Event(), threading.Event()
+
+    def wait(_: Tensor, scores: Tensor) -> Tensor:
+        begun.set()
+        ended.wait(10)
+        return scores
+
+    thread = threading.Thread(target=lambda: written(model, ids, None, logits_processor=[wait]))
+    with pytest.raises(SteeringError, match="another thread"), steer(model, ADD):
+        thread.start()
+        assert begun.wait(10)
+    ended.set()
+    thread.join()

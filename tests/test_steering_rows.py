@@ -15,7 +15,7 @@ from saesteer.errors import NothingSteeredError, SteeringError
 from saesteer.steering.conditions import Feature, Projection, When
 from saesteer.steering.edits import Add, Clamp, Edit, Project, Rotate
 from saesteer.steering.engine import steer
-from saesteer.steering.positions import Positions, of_roles
+from saesteer.steering.positions import Positions
 from saesteer.steering.schedules import Decay, Linear
 from tests.tiny import BOS, EOS, PAD, WIDTH, random_ids, tiny_model, tiny_sae, tiny_tokenizer
 
@@ -145,11 +145,17 @@ def test_a_lasting_condition_forgets_what_was_taken_back_and_refuses_what_it_nev
     direction = x[5] - x[:5].mean(0)
     level = float(((x[5] + x[:5].mean(0)) / 2) @ direction)  # only the last token is above it
     when = When(Projection(direction, MIDDLE), level, "from")
-    with torch.no_grad(), steer(model, Add(vector(), 1.0, MIDDLE, when=when)) as receipt:
+    with (
+        torch.no_grad(),
+        pytest.warns(SteeringWarning, match="held nowhere on all 7 tokens"),
+        steer(model, Add(vector(), 1.0, MIDDLE, when=when)) as receipt,
+    ):
         out = model(ids, use_cache=True)
         out.past_key_values.crop(-1)
         model(ids[:, :2], past_key_values=out.past_key_values)
-    assert [token.edited for token in receipt.traces()[0][0]] == [False] * 5 + [True, False]
+    # The sixth token is another one now, and the receipt speaks of that.
+    assert [token.edited for token in receipt.traces()[0][0]] == [False] * 7
+    assert [token.id for token in receipt.traces()[0][0]] == [*ids[0, :5], *ids[0, :2]]
     cache = model(ids, use_cache=True).past_key_values
     with (
         torch.no_grad(),
@@ -212,26 +218,16 @@ def test_a_schedule_counts_generated_tokens(use_cache: bool) -> None:
         assert sizes == [float(factor != 0) for factor in factors]
 
 
-def test_positions_of_roles_are_those_of_the_chat_template() -> None:
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'][:1] }} : {{ m['content'] }} . {% endfor %}"
-        "{% if add_generation_prompt %}a :{% endif %}"
-    )
-    chat = [
-        {"role": "system", "content": "the sea"},
-        {"role": "user", "content": "a boy saw a dog"},
-        {"role": "assistant", "content": "he liked it"},
-        {"role": "user", "content": "once"},
-    ]
-    spans = {role: of_roles(tokenizer, chat, [role]).spans for role in ("system", "user")}
-    assert spans == {"system": ((0, 5),), "user": ((5, 13), (19, 23))}
-    assert of_roles(tokenizer, chat, ["assistant"]).spans == ((13, 19), (23, 25), (25, None))
-    assert of_roles(tokenizer, chat, ["user"]).generated is False
-    with pytest.raises(SteeringError, match="no message of tool"):
-        of_roles(tokenizer, chat, ["tool"])
-    with pytest.raises(SteeringError, match="no chat template"):
-        of_roles(tiny_tokenizer(), chat, ["user"])
+def test_a_string_is_looked_for_in_the_text_and_not_in_the_names_of_special_tokens() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    name = tokenizer.bos_token
+    ids = torch.tensor([[BOS, *tokenizer("the boy saw the dog").input_ids]])
+    for after, first in ((name[1:-1], None), (name, 1), ("the", 2)):
+        edit = Add(vector(), 1.0, MIDDLE, where=Positions(after=after))
+        expected = pytest.raises(NothingSteeredError) if first is None else nullcontext()
+        with torch.no_grad(), expected, steer(model, edit, tokenizer=tokenizer) as receipt:
+            model(ids)
+        assert receipt.edits[0].positions == [[list(range(first or 6, 6))]]
 
 
 def test_after_a_string_waits_for_it_also_among_generated_tokens() -> None:

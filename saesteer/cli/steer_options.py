@@ -143,7 +143,7 @@ def schedule(text: str) -> "Schedule":
     from saesteer.steering.schedules import Decay, Linear
 
     kind, _, tokens = text.partition(":")
-    if kind == "linear" and tokens.isdecimal():
+    if kind == "linear" and tokens.isdecimal() and int(tokens) > 0:
         return Linear(over=int(tokens))
     try:
         if kind == "decay":
@@ -211,7 +211,7 @@ def chat(
     """
     from jinja2 import TemplateError
 
-    from saesteer.steering.positions import of_roles
+    from saesteer.steering.roles import of_roles
 
     tokenizer: Any = run.tokenizer
     if not getattr(tokenizer, "chat_template", None):

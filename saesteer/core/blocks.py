@@ -92,18 +92,29 @@ def _lists(
         yield from _lists(child, wanted, at)
 
 
+def block_at(model: nn.Module, point: HookPoint) -> nn.Module:
+    """The block that a point is in. HookPointError for a layer that is not there."""
+    layers = decoder_layers(model)
+    if point.layer >= len(layers):
+        raise HookPointError(
+            f"{point}: this model has {len(layers)} blocks, layers.0 to layers.{len(layers) - 1}"
+        )
+    return layers[point.layer]
+
+
 def site_module(model: nn.Module, point: HookPoint) -> tuple[nn.Module, Literal["input", "output"]]:
     """The module whose first input or output is the activation at `point`.
 
     Raises HookPointError for a layer that is not there, a block without such a half, and blocks
     that scale what their halves add (Granite's residual_multiplier and the like).
     """
-    layers = decoder_layers(model)
-    if point.layer >= len(layers):
-        raise HookPointError(
-            f"{point}: this model has {len(layers)} blocks, layers.0 to layers.{len(layers) - 1}"
-        )
-    block = layers[point.layer]
+    return site_in(block_at(model, point), model, point)
+
+
+def site_in(
+    block: nn.Module, model: nn.Module, point: HookPoint
+) -> tuple[nn.Module, Literal["input", "output"]]:
+    """`site_module`, where the block is at hand."""
     if point.site == "resid_pre":
         return block, "input"
     if point.site == "resid_post":
@@ -206,7 +217,11 @@ def _output_projection(block: nn.Module, point: HookPoint) -> nn.Module:
         attention = _descend(block, path)
         for name in _MIXES_HEADS:
             module = None if attention is None else _descend(attention, name)
-            if module is not None and isinstance(getattr(module, "weight", None), Tensor):
+            # torch.ao's quantised layers have a function in place of their weight.
+            if module is not None and (
+                hasattr(module, "in_features")
+                or isinstance(getattr(module, "weight", None), Tensor)
+            ):
                 return module
     raise HookPointError(
         f"{point}: no output projection was found in the attention of {type(block).__name__}: "

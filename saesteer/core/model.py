@@ -121,6 +121,13 @@ def special_token_ids(
     return frozenset(found)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's weights are, or the first of them where they are spread over several."""
+    # Weights that accelerate keeps on disk are "meta" between calls, which run on the CPU.
+    devices = (parameter.device for parameter in model.parameters() if not parameter.is_meta)
+    return next(devices, torch.device("cpu"))
+
+
 def fingerprint(model: nn.Module) -> str:
     """A short hash that tells this model's weights from another's: 16 hexadecimal digits.
 
@@ -131,18 +138,47 @@ def fingerprint(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
+        _check_in_memory(name, parameter)
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         if parameter.is_floating_point():
             digest.update(_signs(parameter.detach()).numpy().tobytes())
+        else:  # packed by a quantisation
+            digest.update(_evenly(parameter.detach()).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def weight_sizes(model: nn.Module) -> list[float]:
+    """The root mean square of up to 1024 values of each parameter, in the order of their names.
+
+    Rounding to bfloat16 moves it by .4 % at most, so what `fingerprint` can't tell, weights that
+    were only multiplied, shows here. ModelError: see `fingerprint`.
+    """
+    sizes = []
+    for name, parameter in sorted(model.named_parameters()):
+        _check_in_memory(name, parameter)
+        sizes.append(float(_evenly(parameter.detach()).double().square().mean().sqrt()))
+    return sizes
+
+
+def _check_in_memory(name: str, parameter: Tensor) -> None:
+    if parameter.is_meta:
+        raise ModelError(
+            f"{name} is kept outside of memory (offloaded by accelerate's device_map), so the "
+            "weights can't be told from others: load the whole model into memory"
+        )
 
 
 def _signs(values: Tensor) -> Tensor:
     """The sign bits of up to `_SAMPLE` values of a tensor, evenly spread: uint8 on the CPU."""
+    return torch.signbit(_evenly(values)).to("cpu", torch.uint8)
+
+
+def _evenly(values: Tensor) -> Tensor:
+    """Up to `_SAMPLE` values of a tensor, evenly spread."""
     flat = values.reshape(-1)
     count = min(_SAMPLE, flat.numel())
     at = torch.arange(count, device=flat.device) * flat.numel() // max(count, 1)
-    return torch.signbit(flat[at]).to("cpu", torch.uint8)
+    return flat[at]
 
 
 def _device(device: str) -> torch.device:

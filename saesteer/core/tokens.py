@@ -1,8 +1,9 @@
 """The tokens of one forward pass, as the clock tells them to an edit."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import chain
+from typing import cast
 
 import torch
 from torch import LongTensor, Tensor
@@ -44,6 +45,9 @@ class Tokens:
     first_new: int
     """Columns of this pass before this one were seen before: without a cache, `generate` sends
     the whole sequence again at every step."""
+    kept: int
+    """Columns of this pass from this one on were guesses (an assistant's, or looked up in the
+    prompt) that were not taken; known when the next pass begins, until then seq."""
     mask: Tensor | None
     """The attention mask from the very first column on [batch, past + seq]; None: no padding."""
     special_ids: frozenset[int]
@@ -57,6 +61,26 @@ class Tokens:
     ids_so_far: list[Tensor] | None
     """The ids of all columns up to this pass's last, or further, in pieces; None where they aren't
     known."""
+
+    def on(self, device: torch.device) -> "Tokens":
+        """The same for activations on another device, as in a model that is spread over several."""
+        if device == self.device:
+            return self
+        if device not in self._elsewhere:
+            ids = None if self.input_ids is None else self.input_ids.to(device)
+            self._elsewhere[device] = replace(
+                self, device=device, input_ids=cast(LongTensor | None, ids)
+            )
+        return self._elsewhere[device]
+
+    def keep(self, kept: int) -> None:
+        """Say how many of this pass's columns were kept, on all devices."""
+        for each in (self, *self._elsewhere.values()):
+            each.kept = kept
+
+    @cached_property
+    def _elsewhere(self) -> dict[torch.device, "Tokens"]:
+        return {}
 
     @cached_property
     def source_rows(self) -> Tensor:
@@ -79,7 +103,7 @@ class Tokens:
                 else "the model was called with inputs_embeds, or with a cache filled elsewhere"
             )
             raise SteeringError(f"the text before this pass isn't known: {why}")
-        return torch.cat(self.ids_so_far, 1)[:, : self.past_length + self.shape[1]]
+        return torch.cat(self.ids_so_far, 1)[:, : self.past_length + self.shape[1]].to(self.device)
 
     @cached_property
     def generated_columns(self) -> Tensor:

@@ -22,7 +22,8 @@ def fit(
     """v = mean over pairs of act(chosen) − act(rejected), read on the answers.
 
     Prompts are shared by the two sides of a pair, so that what a prompt is about falls out of
-    every difference. Warns under 32 pairs.
+    every difference. Warns under 32 pairs. Its provenance has "chosen_mean" and "rejected_mean",
+    each side's mean of x·v/‖v‖.
 
     Args:
         read: "answer-mean" (over the answer's tokens) or "answer-last" (its last token; for A/B
@@ -37,5 +38,13 @@ def fit(
         model, tokenizer, pairs, point, read=read, batch_size=batch_size
     )
     warn_if_few(len(pairs))
-    vector = (chosen.double() - rejected.double()).mean(0).float()
-    return Direction(vector, point, "mean-difference", len(pairs), read, fingerprint(model))
+    vector = (chosen.double() - rejected.double()).mean(0)
+    unit = vector / vector.norm().clamp_min(1e-30)
+    # x·v̂ of each side, on average: where a projection puts every token.
+    means = {
+        "chosen_mean": float((chosen.double() @ unit).mean()),
+        "rejected_mean": float((rejected.double() @ unit).mean()),
+    }
+    return Direction(
+        vector.float(), point, "mean-difference", len(pairs), read, fingerprint(model), means
+    )

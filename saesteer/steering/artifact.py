@@ -5,7 +5,7 @@ Its metadata hold one JSON document under "saesteer":
     format, version    "saesteer-edits", 1
     saesteer           the version that wrote it
     units              "raw": activation units, not multiples of a feature's maximum
-    model              id, revision where known, fingerprint of the weights
+    model              id, revision where known, fingerprint and sizes of the weights
     note, provenance   whatever the writer wanted kept
     edits              one object an edit: its kind, and its fields
     conditions         what edits refer to by number; edits that share one share it again
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from saesteer import __version__
 from saesteer.core.files import written_aside
-from saesteer.core.model import fingerprint
+from saesteer.core.model import fingerprint, weight_sizes
 from saesteer.core.sae import Sae
 from saesteer.errors import SaesteerError, SteeringError
 from saesteer.steering.edits import Edit, Scope
@@ -38,6 +38,8 @@ from saesteer.steering.packing import KINDS, Pack, Unpack
 FORMAT, VERSION = "saesteer-edits", 1
 
 _KEY = "saesteer"
+# Sizes of weights that differ by less are the same weights, rounded.
+_SAME_SIZE = 0.01
 
 
 def save_edits(
@@ -77,6 +79,7 @@ def save_edits(
             "id": getattr(config, "_name_or_path", None) or None,
             "revision": getattr(config, "_commit_hash", None),
             "fingerprint": fingerprint(model),
+            "sizes": [float(f"{size:.4g}") for size in weight_sizes(model)],
         },
         "note": note,
         "provenance": dict(provenance or {}),
@@ -115,7 +118,8 @@ def load_edits(
     file holds the hash alone; several SAEs as a list. Without it, an edit's `sae` is the SAE of
     the features used, where these have other numbers: `sae.notes["narrowed_from"]["features"]`
     names the old ones, in order.
-    force: load although the model's weights are others than those that the edits were made for.
+    force: load although the model's weights are others than those that the edits were made for: of
+    some 1024 values of each parameter one has another sign, or their size differs by over 1 %.
 
     Raises:
         SteeringError: no such file, damage, an unknown version or kind; another model; a TopK SAE
@@ -148,12 +152,18 @@ def read_document(path: str | Path) -> dict[str, Any]:
 def _check_model(path: str | Path, made_for: Mapping[str, Any], model: nn.Module) -> None:
     here = fingerprint(model)
     if made_for["fingerprint"] != here:
-        name = getattr(getattr(model, "config", None), "_name_or_path", None) or "this model"
-        raise SteeringError(
-            f"{path} was made for {made_for['id'] or 'a model'} with fingerprint "
-            f"{made_for['fingerprint']}, and {name} has {here}: load that model, or give "
-            "force=True (--force) to use the edits all the same"
-        )
+        differs = f"has fingerprint {here}, not {made_for['fingerprint']}"
+    else:
+        pairs = zip(made_for.get("sizes", ()), weight_sizes(model), strict=False)
+        other = sum(abs(now - then) > _SAME_SIZE * max(then, now) for then, now in pairs)
+        if not other:
+            return
+        differs = f"has other weights: {other} of its parameters are of another size"
+    name = getattr(getattr(model, "config", None), "_name_or_path", None) or "this model"
+    raise SteeringError(
+        f"{path} was made for {made_for['id'] or 'a model'}, and {name} {differs}: load that "
+        "model, or give force=True (--force) to use the edits all the same"
+    )
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -11,7 +11,7 @@ from saesteer.core.sae import Sae
 from saesteer.core.tokens import Tokens
 from saesteer.errors import SteeringError
 from saesteer.steering.edits import Clamp
-from saesteer.steering.record import Pass
+from saesteer.steering.passes import Pass
 from saesteer.steering.steps import Chosen, Placed, Shared, alike
 
 
@@ -61,7 +61,7 @@ class ClampStep:
         if not self._apart:
             self.read(x, tokens)
         held, self._held = self._held, None
-        if held is None or held.tokens is not tokens:
+        if held is None or held.tokens.forward_index != tokens.forward_index:
             raise SteeringError(
                 f"the transcoder's input at {self._sae.hook_point} was not read before "
                 f"{self._sae.write_point}: this model's parts run in another order"
@@ -72,6 +72,9 @@ class ClampStep:
         if chosen.keep_norm:
             change = new - x
         for clamps, masks, was, now in held.noted:
+            if self._apart:  # read at another place, perhaps on another device
+                eligible, on = (None if mask is None else mask.to(x.device) for mask in masks)
+                masks, was, now = (eligible, on), was.to(x.device), now.to(x.device)
             clamps.record.note(Pass(tokens, *masks, x, change, was, now))
         return new
 

@@ -172,7 +172,8 @@ class Rotate(Scope):
 
     first, second: [d], not parallel; they span the plane, and an angle counts from first towards
     second (as far as it is orthogonal to first). angle: in radians. how: "by" turns by the angle,
-    "to" gives the part in the plane that angle. Raises SteeringError for what is none of this.
+    "to" gives the part in the plane that angle. name: what receipts call the plane. Raises
+    SteeringError for what is none of this.
     """
 
     first: Tensor
@@ -180,6 +181,7 @@ class Rotate(Scope):
     angle: float
     point: HookPoint | str
     how: Literal["by", "to"] = "by"
+    name: str = "a plane"
 
     def __post_init__(self) -> None:
         _flat(self.first, "a plane's first vector", nonzero=True)
@@ -197,7 +199,7 @@ class Rotate(Scope):
         object.__setattr__(self, "point", _point(self.point))
 
     def __str__(self) -> str:
-        return f"rotate {self.how} {self.angle:.4g} rad at {self.point}"
+        return f"rotate {self.how} {self.angle:.4g} rad in {self.name} at {self.point}"
 
 
 Edit = Clamp | Add | Project | Affine | Rotate

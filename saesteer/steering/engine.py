@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from saesteer.core.blocks import point_width
 from saesteer.core.clock import SteeringWarning
 from saesteer.core.hooks import edit as edit_activations
-from saesteer.core.model import HookPoint, site_module, special_token_ids
+from saesteer.core.model import HookPoint, device_of, site_module, special_token_ids
 from saesteer.core.tokens import Tokens
 from saesteer.errors import NothingSteeredError, SteeringError
 from saesteer.steering.conditions import Gate, When
@@ -61,7 +61,7 @@ def steer(
     """
     placed, n_rows = _placed(edits)
     _check(model, [one.edit for one in placed])
-    device = next(model.parameters()).device
+    device = device_of(model)  # to begin with: steps follow the activations
     conditions = {id(when): when for one in placed if (when := one.edit.when) is not None}
     gates = {key: Gate(when, device) for key, when in conditions.items()}
     shared = Shared(_Masks(tokenizer, n_rows), gates, n_rows, device)
@@ -78,6 +78,7 @@ def steer(
         model, changes, special_ids=special, prompt_length=prompt_length
     ) as clock:
         yield Receipt(records, lambda: (clock.forwards, clock.prompts))
+        clock.check_at_rest()
     _judge(shared.records, clock.forwards)
 
 

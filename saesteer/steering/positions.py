@@ -1,8 +1,6 @@
 """Where an edit applies: a choice among the tokens that the clock describes."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +27,7 @@ class Positions:
         spans: only tokens from start up to (not including) end, counted from 0 among the row's
             tokens that are not padding, BOS and generated ones included; an end of None is open.
         after: only tokens after the first place where the text so far holds this string; `steer`
-            then needs a tokenizer.
+            then needs a tokenizer. Special tokens are in that text only where the string names one.
         every: only tokens whose number, counted like `spans`, it divides.
     """
 
@@ -134,59 +132,6 @@ class Positions:
         return ", ".join(parts)
 
 
-def of_roles(
-    tokenizer: Any,
-    messages: Sequence[Mapping[str, str]],
-    roles: Sequence[str],
-    *,
-    add_generation_prompt: bool = True,
-    special: bool = False,
-) -> Positions:
-    """The tokens of some roles' turns in a chat, as `tokenizer.apply_chat_template` writes it.
-
-    A turn is everything the template writes for a message, its markers included. What is generated
-    belongs to the assistant, and so does the generation prompt.
-
-    Args:
-        messages: {"role", "content"} each; the positions are for this chat alone.
-        roles: such as ("user",) or ("system", "assistant").
-
-    Raises:
-        SteeringError: the tokenizer has no chat template, no message has one of the roles, or the
-            template writes a chat's beginning otherwise than the same chat cut short.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise SteeringError("the tokenizer has no chat template, so a text has no roles")
-
-    def ids(n: int, *, prompt: bool = False) -> list[int]:
-        found = tokenizer.apply_chat_template(
-            list(messages[:n]), add_generation_prompt=prompt, tokenize=True, return_dict=False
-        )
-        return list(found)
-
-    whole, start = ids(len(messages), prompt=add_generation_prompt), 0
-    spans: list[Span] = []
-    for n, message in enumerate(messages, start=1):
-        part = ids(n)
-        if whole[: len(part)] != part:
-            raise SteeringError(
-                f"the chat template writes message {n} otherwise once more follow, so its tokens "
-                "can't be told; give Positions(spans=…) instead"
-            )
-        if message["role"] in roles:
-            spans.append((start, len(part)))
-        start = len(part)
-    assistant = "assistant" in roles
-    if assistant and len(whole) > start:
-        spans.append((start, len(whole)))
-    if assistant:
-        spans.append((len(whole), None))
-    if not spans:
-        known = ", ".join(dict.fromkeys(message["role"] for message in messages))
-        raise SteeringError(f"no message of {', '.join(roles)}; the chat has {known}")
-    return Positions(spans=tuple(spans), special=special, generated=assistant)
-
-
 def _both(first: Tensor | None, second: Tensor) -> Tensor:
     return second if first is None else first & second
 
@@ -196,6 +141,11 @@ def _columns_of(text: str, tokens: Tokens, tokenizer: PreTrainedTokenizerBase | 
     if tokenizer is None:
         raise SteeringError(f"after={text!r} needs the tokenizer: steer(…, tokenizer=tokenizer)")
     history = tokens.history
+    skip = not any(name in text for name in tokenizer.all_special_tokens)
+
+    def written(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=skip))
+
     never = torch.iinfo(torch.long).max
     found = []
     for row in range(tokens.shape[0]):
@@ -205,12 +155,12 @@ def _columns_of(text: str, tokens: Tokens, tokenizer: PreTrainedTokenizerBase | 
             kept = (tokens.mask[row] != 0).tolist()
             low = kept.index(True) if True in kept else 0
         begin = low
-        if text not in tokenizer.decode(ids[begin:]):
+        if text not in written(ids[begin:]):
             found.append(never)
             continue
         while low < high:  # the least n for which ids[begin:n] holds it
             middle = (low + high) // 2
-            if text in tokenizer.decode(ids[begin:middle]):
+            if text in written(ids[begin:middle]):
                 high = middle
             else:
                 low = middle + 1

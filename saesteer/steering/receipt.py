@@ -61,6 +61,8 @@ class Receipt:
             first, *others = wrap(row[0], name, subsequent_indent="  ")
             numbers = [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
             lines += [(" " * gap).join([first.ljust(name), *numbers]), *others]
+        if any(record.together for record, _ in self._records):
+            lines.append("‖Δ‖/‖x‖ of clamps of one SAE: of their changes together")
         return "\n".join(lines)
 
 

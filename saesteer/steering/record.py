@@ -6,13 +6,12 @@ them brings them over.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from saesteer.core.tokens import Tokens
+from saesteer.steering.passes import Pass, by_prompt, joined, mask_of, masks_of, norm, norms_of
 
 # Prompts for which the edited positions themselves are kept, and not only their number.
 KEPT = 16
@@ -51,24 +50,6 @@ class EditReceipt:
     the projection on a direction, before and after."""
     row: int | None = None
     """The one row of the batch that it was for; None: all."""
-
-
-class Pass(NamedTuple):
-    """One forward pass as edits that act at once saw it.
-
-    eligible: the tokens they are for; chosen: those of them on which their condition held; bool
-    [batch, seq], None for all. x: the activation [batch, seq, d]. change: Δ [batch, seq, d], or
-    its norm by edit [n], where it is everywhere the same. before, after: readings
-    [batch, seq, m].
-    """
-
-    tokens: Tokens
-    eligible: Tensor | None
-    chosen: Tensor | None
-    x: Tensor
-    change: Tensor
-    before: Tensor | None = None
-    after: Tensor | None = None
 
 
 class TokenTrace(NamedTuple):
@@ -111,21 +92,27 @@ class Record:
         if one.x.requires_grad or one.change.requires_grad or one.x.numel() > _SMALL:
             # What is put off must not keep large activations, or a graph, alive.
             change = one.change.detach()
-            change = _norm(change)[..., None] if change.dim() > 1 else change
-            one = one._replace(x=_norm(one.x)[..., None], change=change)
+            change = norm(change)[..., None] if change.dim() > 1 else change
+            one = one._replace(x=norm(one.x)[..., None], change=change)
         self._pending.append(one)
         if len(self._pending) >= _PENDING:
-            self._add_up()
+            # Of the last one it isn't known yet whether it holds guesses that won't be taken.
+            self._add_up(self._pending[:-1])
 
     @property
     def reached(self) -> bool:
         """Whether any forward pass came to the edits."""
         return bool(self._pending or self._counts)
 
+    @property
+    def together(self) -> bool:
+        """Whether several of the edits act on the same rows, and share what changes there."""
+        return len(set(self._rows)) < len(self._rows)
+
     def rows_untouched(self, edit: int) -> list[tuple[int, int]]:
         """(prompt, row) of every row that the edit is for in which it was for no position."""
         if not self._counts and all(
-            any(one.eligible is None for one in passes) for _, passes in self._by_prompt()
+            any(one.eligible is None for one in passes) for _, passes in by_prompt(self._pending)
         ):
             return []  # most often; adding up can then wait until somebody reads the receipt
         self._add_up()
@@ -176,19 +163,16 @@ class Record:
             found.append(rows)
         return found
 
-    def _add_up(self) -> None:
+    def _add_up(self, some: list[Pass] | None = None) -> None:
+        passes = self._pending if some is None else some
         # Steps of one text are alike and are added up in one go.
-        for prompt, passes in self._by_prompt():
-            self._add_prompt(prompt, passes)
-        self._pending.clear()
-
-    def _by_prompt(self) -> list[tuple[int, list[Pass]]]:
-        groups = groupby(self._pending, key=lambda one: one.tokens.prompt_index)
-        return [(prompt, list(passes)) for prompt, passes in groups]
+        for prompt, group in by_prompt(passes):
+            self._add_prompt(prompt, group)
+        self._pending = self._pending[len(passes) :]
 
     def _add_prompt(self, prompt: int, passes: list[Pass]) -> None:
-        eligible = _masks(passes, [one.eligible for one in passes])
-        chosen = _masks(passes, [one.chosen for one in passes])
+        eligible = masks_of(passes, [one.eligible for one in passes])
+        chosen = masks_of(passes, [one.chosen for one in passes])
         rows = passes[0].tokens.source_rows.to(chosen.device)
         everywhere = torch.ones_like(rows, dtype=torch.bool)
         mine = torch.stack([everywhere if r is None else rows == r for r in self._rows])
@@ -198,6 +182,8 @@ class Record:
             if len(self._counts) <= KEPT:
                 self._positions[prompt] = [[] for _ in rows]
                 self._traced[prompt] = []
+        if chosen.shape[1] == 0:
+            return
         self._counts[prompt] = self._counts[prompt] + chosen.sum(1) * mine
         self._eligible[prompt] = self._eligible[prompt] + eligible.sum(1) * mine
 
@@ -207,20 +193,20 @@ class Record:
                 return (mine * of_row.double()).sum(1)
             return (mine * of_row.double()[:, self._columns].T).sum(1)
 
-        norm = _norms(passes, [one.x for one in passes]).clamp_min(1e-12)
+        norm = norms_of(passes, [one.x for one in passes]).clamp_min(1e-12)
         change = passes[0].change
         if change.dim() == 1:
             relative = by_edit((chosen / norm).sum(1)) * change.to(norm.device)
             changed = by_edit(chosen.sum(1)) * (change > 0).to(norm.device)
         else:
-            size = _norms(passes, [one.change for one in passes]) * chosen
+            size = norms_of(passes, [one.change for one in passes]) * chosen
             relative, changed = by_edit((size / norm).sum(1)), by_edit((size > 0).sum(1))
         before = after = None
         sums = [changed, relative, torch.zeros_like(changed), torch.zeros_like(changed)]
         if passes[0].before is not None:
             self._reads = True
-            before = _joined(passes, [one.before for one in passes])
-            after = _joined(passes, [one.after for one in passes])
+            before = joined(passes, [one.before for one in passes])
+            after = joined(passes, [one.after for one in passes])
             here = chosen[..., None]
             sums[0] = by_edit(((before != after) & here).sum(1))
             sums[2] = by_edit((before.double() * here).sum(1))
@@ -236,13 +222,12 @@ class Record:
             self._traced[prompt].append(_Traced.of_passes(passes, chosen, before, after))
 
     def _keep_positions(self, prompt: int, one: Pass) -> None:
-        tokens, new = one.tokens, one.tokens.first_new
-        if tokens.prompt_length is not None and tokens.past_length + new >= tokens.prompt_length:
+        tokens, first = one.tokens, one.tokens.first_new
+        if tokens.prompt_length is not None and tokens.past_length + first >= tokens.prompt_length:
             return  # all generated
-        inside = (_all(one, one.chosen) & ~tokens.is_generated)[:, new:]
-        for row, (positions, here) in enumerate(
-            zip(tokens.positions[:, new:], inside, strict=True)
-        ):
+        new = slice(first, tokens.kept)
+        inside = (mask_of(one, one.chosen) & ~tokens.is_generated)[:, new]
+        for row, (positions, here) in enumerate(zip(tokens.positions[:, new], inside, strict=True)):
             self._positions[prompt][row] += positions[here].tolist()
 
 
@@ -260,11 +245,11 @@ class _Traced(NamedTuple):
         cls, passes: list[Pass], chosen: Tensor, before: Tensor | None, after: Tensor | None
     ) -> "_Traced":
         known = all(one.tokens.input_ids is not None for one in passes)
-        ids = _joined(passes, [one.tokens.input_ids for one in passes]) if known else None
+        ids = joined(passes, [one.tokens.input_ids for one in passes]) if known else None
         if all(one.tokens.unpadded for one in passes):
             padding = torch.zeros_like(chosen)
         else:
-            padding = _joined(passes, [one.tokens.is_padding for one in passes])
+            padding = joined(passes, [one.tokens.is_padding for one in passes])
         return cls(ids, chosen, padding, before, after)
 
     def of(self, mine: Tensor, column: int | None) -> list[list[TokenTrace]]:
@@ -289,38 +274,3 @@ class _Traced(NamedTuple):
             ]
             for row in range(len(padding))
         ]
-
-
-def _masks(passes: list[Pass], masks: list[Tensor | None]) -> Tensor:
-    """Masks [batch, seq], None for all of a pass, side by side."""
-    if any(mask is not None for mask in masks):
-        return _joined(passes, [_all(*pair) for pair in zip(passes, masks, strict=True)])
-    width = sum(one.tokens.shape[1] - one.tokens.first_new for one in passes)
-    rows = passes[0].tokens.shape[0]
-    return torch.ones(rows, width, dtype=torch.bool, device=passes[0].x.device)
-
-
-def _all(one: Pass, mask: Tensor | None) -> Tensor:
-    if mask is not None:
-        return mask
-    return torch.ones(one.tokens.shape, dtype=torch.bool, device=one.x.device)
-
-
-def _norm(x: Tensor) -> Tensor:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return torch.linalg.vector_norm(x.detach(), dim=-1, dtype=wide)
-
-
-def _norms(passes: list[Pass], parts: list[Tensor]) -> Tensor:
-    """‖·‖ over d of parts [batch, seq, d]; of those that are norms already d is 1."""
-    if len({part.shape[-1] for part in parts}) == 1:
-        return _norm(_joined(passes, parts))
-    return _joined(passes, [_norm(part) for part in parts])
-
-
-def _joined(passes: list[Pass], parts: list[Any]) -> Tensor:
-    """Parts [batch, seq, ...], one a pass, side by side; what a pass saw again is left out."""
-    pairs = zip(passes, parts, strict=True)
-    return torch.cat(
-        [part[:, new:] if (new := one.tokens.first_new) else part for one, part in pairs], 1
-    )

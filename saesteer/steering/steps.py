@@ -15,8 +15,9 @@ from saesteer.core.model import HookPoint
 from saesteer.core.tokens import Tokens
 from saesteer.steering.conditions import Gate
 from saesteer.steering.edits import Add, Affine, Edit, Project, Rotate, Scope
+from saesteer.steering.passes import Pass
 from saesteer.steering.positions import Positions
-from saesteer.steering.record import Pass, Record
+from saesteer.steering.record import Record
 
 Masks = Callable[[Tokens, Positions], Tensor | None]
 Step = Callable[[Tensor, Tokens], Tensor]
