@@ -1,6 +1,7 @@
 """A feature as a search shows it."""
 
 from dataclasses import dataclass
+from math import sqrt
 
 from saesteer.features.records import Example, Feature
 
@@ -13,7 +14,7 @@ class Hit:
 
     label: the user's name for it, else its label; score: higher is better, comparable within one
     search; top_tokens: what it fires on most; example: its strongest context as text, the firing
-    token between « and »; why: what of the query was found where; output_score: how much its clamp
+    token between « and »; why: what of the query was found where; output_score: how much adding it
     raises what it promotes; own_effect: what it fires on; None where not measured; source: who
     wrote the label, "evidence", "judge" or "user".
     """
@@ -64,3 +65,12 @@ def marked(example: Example, opening: str = "«", closing: str = "»") -> str:
             piece = f"{piece[: len(piece) - len(bare)]}{opening}{bare}{closing}"
         text += piece
     return text.strip()
+
+
+def by_effect(score: float, own_effect: float | None) -> float:
+    """What orders features by effect: score · √max(0, own effect); 0 where that is unknown or NaN.
+
+    Checked on the planted language: by the effect alone the best match is lost, by its sign alone
+    the order hangs on the prompts that it was measured on.
+    """
+    return score * sqrt(own_effect) if own_effect is not None and own_effect > 0 else 0.0

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from saesteer.core.progress import progress
 from saesteer.errors import IndexingError
 from saesteer.features.judge import Write, answers, example_text, marked, strong
-from saesteer.features.migrate import writing
+from saesteer.features.migrate import reading, writing
 from saesteer.features.reading import Encoded
 from saesteer.features.records import Feature
 
@@ -208,3 +208,12 @@ def score_features(
                     )
             bar.update(len(some))
             yield from scores
+
+
+def is_scored(path: Path, feature: int, key: str) -> bool:
+    """Whether a judged label was scored, also where too few answers were there to tell."""
+    with reading(path) as connection:
+        row = connection.execute(
+            "SELECT n FROM judged WHERE feature = ? AND key = ?", (feature, key)
+        ).fetchone()
+    return row is not None and row[0] is not None

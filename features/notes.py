@@ -110,7 +110,7 @@ def load(path: Path, file: Path, *, force: bool = False) -> int:
         if document["sae_hash"] != ours and not force:
             raise IndexingError(
                 f"{file} holds notes on another SAE ({document['sae_hash']}) than {path} "
-                f"({ours}): feature numbers mean other features; force it if you know better"
+                f"({ours}): feature numbers mean other features; --force takes them all the same"
             )
         for feature, note in document["notes"]:
             _check(connection, feature)
@@ -229,7 +229,7 @@ def _storable(text: str) -> str:
 
 def _document(file: Path) -> dict[str, Any]:
     """A file of notes, checked: its `notes` as (feature, Note)."""
-    expected = "expected a file that `saesteer notes export` wrote"
+    expected = "expected a file that `saesteer notes RUN --export FILE` wrote"
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

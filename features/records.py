@@ -104,7 +104,7 @@ class Feature:
     confidence: of the label, 0 to 1; density: share of tokens on which it fires; mean_act: where it
     fires; breadth: effective number of its own words; company: how many of them fire within one
     example; label_source: "evidence" or "judge"; label_score: the judge's, 0 to 1; output_score:
-    how much its clamp raises what it promotes; own_effect: how much it raises what it fires on;
+    how much adding it raises what it promotes; own_effect: how much it raises what it fires on;
     token_set: the set of tokens that it promotes most, by token_set_score; promotes, suppresses:
     (token text, logit); positions: share of its firings by the place in the context, in powers of
     two; note: the user's own, None where there is none.

@@ -11,7 +11,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import isnan
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +21,7 @@ from saesteer.features.database import begun, identity
 from saesteer.features.engine import TextEngine
 from saesteer.features.filters import allowed
 from saesteer.features.fts import Fts5
-from saesteer.features.hit import Hit, hit, marked
+from saesteer.features.hit import Hit, by_effect, hit, marked
 from saesteer.features.matching import matches
 from saesteer.features.migrate import connect
 from saesteer.features.query import parse
@@ -109,8 +108,8 @@ class Index:
         decides what is found. Filters alone list features by number.
 
         Args:
-            sort: "effect" puts features first that cause what they fire on (own effect above 0),
-                then those not measured, then the others; each in the order of the match.
+            sort: "effect" orders by match · √max(0, own effect): a feature that mentions the words
+                and causes nothing goes down. Not measured counts as 0; ties stay in match order.
 
         Raises:
             IndexingError: the index is damaged, or a filter has no number.
@@ -133,13 +132,13 @@ class Index:
                     every=effect is not None,
                 )
                 if effect is not None:
-                    found.sort(key=lambda m: _without_effect(float(effect[m.feature])))
+                    found.sort(key=lambda m: -by_effect(m.score, float(effect[m.feature])))
                 return self.hits([(m.feature, m.score, m.why) for m in found[:limit]])
             if mask is None:
                 return []
             ids = mask.nonzero()[0].tolist()
             if effect is not None:
-                ids.sort(key=lambda i: _without_effect(float(effect[i])))
+                ids.sort(key=lambda i: -by_effect(1.0, float(effect[i])))
             return self.hits([(i, 0.0, "passes the filters") for i in ids[:limit]])
 
     def suggest(self, query: str) -> list[str]:
@@ -269,8 +268,3 @@ class Index:
         except BaseException:
             connection.close()
             raise
-
-
-def _without_effect(own: float) -> int:
-    """0 where a feature causes what it fires on, 1 where that is not known (NaN), else 2."""
-    return 1 if isnan(own) else 0 if own > 0 else 2

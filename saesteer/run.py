@@ -16,25 +16,68 @@ is needed: opening a run and searching its index imports no torch.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from saesteer import named
+from saesteer import named, run_search
 from saesteer.named import Name, Strength
 from saesteer.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from saesteer.directions import Direction
+    from saesteer.features.reading import TokenReading
     from saesteer.features.search import Hit
     from saesteer.steering.edits import Edit
     from saesteer.steering.receipt import Receipt
+
+# Matches whose effect is measured where the order by effect is asked for.
+_MEASURED = 50
 
 
 class Run(RunFolder):
     """A run folder and what is done with it. Make one with `create`, `from_sae` or `open`."""
 
-    def search(self, query: str, limit: int = 10) -> "list[Hit]":
-        """Features by keyword, best first; imports no torch."""
-        return self.index.search(query, limit)
+    def search(
+        self, query: str, limit: int = 10, *, sort: Literal["match", "effect"] = "match"
+    ) -> "list[Hit]":
+        """Features by keyword, best first; imports no torch.
+
+        Args:
+            query: in the language of `features.query`.
+            sort: "effect" puts first what also causes what it fires on. Of the best matches those
+                not measured yet are measured then, which needs the model.
+
+        Raises:
+            IndexingError: no index, a damaged one, or one of another SAE.
+        """
+        index = self.index
+        if sort == "effect" and not index.meta.get("imported_from"):
+            from saesteer.features.store import measured
+
+            first = index.search(query, max(limit, _MEASURED))
+            known = measured(index.path)
+            if new := [hit.id for hit in first if hit.id not in known]:
+                from saesteer.enrich import effects
+
+                effects(self, new)
+        return index.search(query, limit, sort=sort)
+
+    def like(self, text: str, limit: int = 10) -> "list[Hit]":
+        """Features that fire on a text more than elsewhere; see `run_search.like`."""
+        return run_search.like(self, text, limit)
+
+    def contrast(
+        self, positive: Sequence[str], negative: Sequence[str], limit: int = 10
+    ) -> "list[Hit]":
+        """Features that tell two sets of texts apart; see `run_search.contrast`."""
+        return run_search.contrast(self, positive, negative, limit)
+
+    def near(self, feature: int, limit: int = 10) -> "list[Hit]":
+        """Features whose decoder is alike, or that fire with it; see `run_search.near`."""
+        return run_search.near(self, feature, limit)
+
+    def read(self, text: str, top: int = 5) -> "list[TokenReading]":
+        """What fires on each token of a text; see `run_search.read`."""
+        return run_search.read(self, text, top)
 
     def edits(
         self,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Self
 
 from saesteer import config as configuration
 from saesteer.config import Config
+from saesteer.core.files import stamp
 from saesteer.errors import ConfigError, IndexingError, RunError, SaeError
 
 if TYPE_CHECKING:
@@ -133,6 +134,26 @@ class RunFolder:
         configuration.write(path / "config.toml", config)
         return run
 
+    @classmethod
+    def from_export(cls, path: str | Path, folder: str | Path) -> Self:
+        """Make a run of an index alone, from a Neuronpedia export: see `neuronpedia_import`.
+
+        Raises:
+            RunError: there is a run already. IndexingError: it is no such export.
+        """
+        from saesteer.features import neuronpedia_import
+
+        path = Path(path)
+        if (path / "config.toml").exists():
+            raise RunError(f"{path} is a run already; choose another folder, or remove it")
+        path.mkdir(parents=True, exist_ok=True)
+        neuronpedia_import.load(Path(folder), path / "features.sqlite")
+        run = cls(path, Config(run=str(path)))
+        model = run.index.meta.get("model_id") or ""
+        run.config = dataclasses.replace(run.config, model=configuration.ModelConfig(id=model))
+        run.save_config()
+        return run
+
     @cached_property
     def _loaded(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
         from saesteer.core.model import load_model
@@ -186,7 +207,8 @@ class RunFolder:
         """The feature index.
 
         Raises:
-            IndexingError: there is none yet, or it is damaged.
+            IndexingError: there is none yet, it is damaged, or was made of another SAE than the one
+                in the folder.
         """
         from saesteer.features.search import Index
 
@@ -194,7 +216,25 @@ class RunFolder:
             raise IndexingError(
                 f"{self.path} has no feature index; run `saesteer index {self.path}`"
             )
-        return Index.open(self.path / "features.sqlite")
+        index = Index.open(self.path / "features.sqlite")
+        # Neither an index of 0.1.0 nor one made from another program's export has a stamp.
+        made_for = index.meta.get("sae_stamp")
+        if made_for and (self.path / "sae").is_dir() and made_for != self.sae_stamp():
+            index.close()
+            raise IndexingError(
+                f"the index {index.path} was made for another SAE (stamp {made_for[:12]}) than the "
+                f"one in {self.path / 'sae'} (stamp {self.sae_stamp()[:12]}); run "
+                f"`saesteer index {self.path}` again"
+            )
+        return index
+
+    def sae_stamp(self) -> str:
+        """What tells the SAE in the folder from another, without loading it: see `files.stamp`.
+
+        Raises:
+            RunError: a file of it is missing.
+        """
+        return stamp(self.path / "sae" / name for name in ("cfg.json", "sae_weights.safetensors"))
 
     @cached_property
     def shards(self) -> "Shards":

@@ -202,11 +202,11 @@ def test_effect_puts_first_what_causes_what_it_fires_on(tmp_path: Path) -> None:
         assert [hit.id for hit in index.search("boat")] == [0, 1, 2, 3]
         # 0 causes nothing of the kind, 2 wasn't measured, the others don't match.
         found = index.search("boat", sort="effect")
-        assert [hit.id for hit in found] == [1, 3, 2, 0]
-        assert [hit.own_effect for hit in found] == [0.6, 0.1, None, -0.01]
-        assert [hit.output_score for hit in found] == [0.3, 0.05, None, -0.005]
+        assert [hit.id for hit in found] == [1, 3, 0, 2]
+        assert [hit.own_effect for hit in found] == [0.6, 0.1, -0.01, None]
+        assert [hit.output_score for hit in found] == [0.3, 0.05, -0.005, None]
         assert [hit.id for hit in index.search("boat", 2, sort="effect")] == [1, 3]
-        assert [hit.id for hit in index.search("effect>-1", sort="effect")] == [1, 3, 5, 0, 6]
+        assert [hit.id for hit in index.search("effect>-1", sort="effect")] == [5, 1, 3, 0, 6]
         assert [hit.id for hit in index.search("boat effect>=.3")] == [1]
         with pytest.raises(IndexingError, match="sort"):
             index.search("boat", sort="size")  # type: ignore[arg-type]
