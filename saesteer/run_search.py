@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from saesteer.units import checked
 
@@ -10,6 +10,35 @@ if TYPE_CHECKING:
     from saesteer.features.hit import Hit
     from saesteer.features.reading import Encoded, TokenReading
     from saesteer.run import Run
+
+# Matches whose effect is measured where the order by effect is asked for.
+_MEASURED = 50
+
+
+def search(
+    run: "Run", query: str, limit: int = 10, sort: Literal["match", "effect"] = "match"
+) -> "list[Hit]":
+    """Features by keyword, best first; imports no torch.
+
+    Args:
+        query: in the language of `features.query`.
+        sort: "effect" puts first what also causes what it fires on. Of the best matches those not
+            measured yet are measured then, which needs the model.
+
+    Raises:
+        IndexingError: no index, a damaged one, or one of another SAE.
+    """
+    index = run.index
+    if sort == "effect" and not index.meta.get("imported_from"):
+        from saesteer.features.store import measured
+
+        known = measured(index.path)
+        first = index.search(query, max(limit, _MEASURED))
+        if new := [hit.id for hit in first if hit.id not in known]:
+            from saesteer.enrich import effects
+
+            effects(run, new)
+    return index.search(query, limit, sort=sort)
 
 
 def like(run: "Run", text: str, limit: int = 10) -> "list[Hit]":

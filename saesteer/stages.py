@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from saesteer import run_folder
 from saesteer.core.blocks import d_model, site_module
 from saesteer.core.files import alone, write_json
 from saesteer.core.model import EMBEDDED, HookPoint, fingerprint
@@ -209,7 +210,7 @@ def index(
                 run.tokenizer,
                 run.sae,
                 neighbours=neighbours,
-                made_from={"text": source, "sae_stamp": run.sae_stamp()},
+                made_from={"text": source, "sae_stamp": run_folder.sae_stamp(run.path)},
             )
             if kept is not None:
                 warnings.warn(
