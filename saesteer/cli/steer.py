@@ -110,7 +110,8 @@ def steer(
         vector: NAME=STRENGTH, adds a direction that `saesteer vector` fitted, times STRENGTH; NAME
             may be its file.
         project: DIRECTION=NUMBER, sets the projection on a direction, in units of activation; 0
-            projects it out. DIRECTION is a feature, or a vector's name or file. May be repeated.
+            projects it out; chosen or rejected puts it where that side of a vector's pairs is.
+            DIRECTION is a feature, or a vector's name or file. May be repeated.
         rotate: FIRST,SECOND=ANGLE, turns the plane of two directions from the first towards the
             second: by 30deg, or to an angle, to30deg; a plain number is radians.
         load: Edits that --save kept, by name, or a file of edits: .safetensors, .gguf (llama.cpp,
