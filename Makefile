@@ -39,13 +39,15 @@ lint: setup  ## ruff, mypy and the import contracts
 format: setup  ## let ruff mend what it can
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
-bench: setup  ## time steering, training and caching, and write benchmarks/RESULTS.md
+bench: setup  ## time it all beside its peers, and write benchmarks/RESULTS.md
 	@# A peer that can't be installed is printed as not run.
 	-$(BIN)/python -m pip install --quiet --no-deps --upgrade \
 		--target build/peers/dictionary_learning -r benchmarks/peers/dictionary_learning.txt
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/caching.py
 	$(BIN)/python benchmarks/steering.py
+	$(BIN)/python benchmarks/search.py
+	$(BIN)/python benchmarks/indexing.py
 
 clean:  ## remove what was built (not .venv, not runs/)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

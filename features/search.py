@@ -1,90 +1,81 @@
 """Keyword search over a feature index, and what a run asks of one.
 
-Nothing here imports torch, transformers or numpy.
+Nothing here imports torch or transformers; numpy only where a query has a filter, a word that
+stands in thousands of features, or asks for the order by effect.
 """
 
-import math
-import re
 import sqlite3
+import struct
+import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from saesteer.errors import FeatureError, IndexingError
-from saesteer.features import store
-from saesteer.features.rank import FIELD_WEIGHTS, Firing, rank
-from saesteer.features.store import Example, Feature
+from saesteer.features import store, tantivy_engine
+from saesteer.features.database import begun, identity
+from saesteer.features.engine import TextEngine
+from saesteer.features.filters import allowed
+from saesteer.features.fts import Fts5
+from saesteer.features.hit import Hit, by_effect, hit, marked
+from saesteer.features.matching import matches
+from saesteer.features.migrate import connect
+from saesteer.features.query import parse
+from saesteer.features.records import Feature, Neighbour
+from saesteer.features.strength import strength
+from saesteer.features.suggest import suggestions
 
-# Candidates taken from each kind of evidence before ranking.
-_CANDIDATES = 200
-# What is read of a query: nobody means the 17th word, or a word of 65 letters.
-_TERMS, _LETTERS = 16, 64
-# With fewer hits than asked for, words that begin with the query's (of this length) count too.
-_PREFIX = 3
-_STRENGTH = re.compile(
-    r"\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[-+]?[0-9]+)?)\s*(x?)\s*", re.IGNORECASE
-)
-_COLUMNS = "id, label, confidence, density, mean_act, max_act, n_fired, breadth, company"
+__all__ = ["Hit", "Index", "marked", "strength"]
 
-
-@dataclass(frozen=True)
-class Hit:
-    """A feature that a search found.
-
-    score: higher is better, comparable within one search; top_tokens: what it fires on most;
-    example: its strongest context as text, the firing token between « and »; why: what of the
-    query was found where.
-    """
-
-    id: int
-    label: str
-    score: float
-    density: float
-    max_act: float
-    top_tokens: tuple[str, ...]
-    example: str
-    why: str
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
-@dataclass(frozen=True)
-class _Term:
-    """A word of the query, and its FTS5 expression: quoted, so that nothing in it is syntax."""
+# Times that an index is opened again for one question.
+_TRIES = 10
 
-    text: str
-    match: str
+
+@dataclass
+class _Opened:
+    """One thread's connection to the file as it was when opened."""
+
+    connection: sqlite3.Connection
+    identity: tuple[int, int]
+    meta: dict[str, Any]
+    engine: TextEngine
 
 
 class Index:
-    """An open feature index; a context manager. Read only."""
+    """An open feature index; a context manager. Reads only, from any thread.
 
-    def __init__(self, path: Path, connection: sqlite3.Connection):
+    Where the index is made again meanwhile, the next question is asked of the new one.
+    """
+
+    def __init__(self, path: Path):
         self.path = path
-        self._connection = connection
-        with self._reading():
-            self.meta: dict[str, Any] = store.read_meta(connection)
-        self.n_features: int = self.meta["n_features"]
+        self._local = threading.local()
 
     @classmethod
     def open(cls, path: str | Path) -> "Index":
         """Open an index.
 
         Raises:
-            IndexingError: it is missing, truncated, foreign or of another version.
+            IndexingError: it is missing, truncated, foreign or made by a newer saesteer.
         """
-        path = Path(path)
-        connection = store.connect(path)
-        try:
-            return cls(path, connection)
-        except BaseException:
-            connection.close()
-            raise
+        index = cls(Path(path))
+        with index._reading():
+            return index
 
     def close(self) -> None:
-        self._connection.close()
+        """Close this thread's connection; those of other threads close with them."""
+        opened: _Opened | None = self._local.__dict__.pop("opened", None)
+        if opened is not None:
+            opened.connection.close()
 
     def __enter__(self) -> "Index":
         return self
@@ -97,32 +88,94 @@ class Index:
     ) -> None:
         self.close()
 
-    def search(self, query: str, limit: int = 10) -> list[Hit]:
-        """Features for plain words, best first; an empty list where nothing matches.
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What made the index: see `store`."""
+        with self._reading() as opened:
+            return opened.meta
 
-        Words are stemmed (waves finds wave) and any of them may match; a feature that has more of
-        them comes first. Words that only begin with a query word fill up a short list. Nothing in
-        a query is syntax.
+    @property
+    def n_features(self) -> int:
+        return int(self.meta["n_features"])
+
+    def search(
+        self, query: str, limit: int = 10, *, sort: Literal["match", "effect"] = "match"
+    ) -> list[Hit]:
+        """Features for a query in the language of `query`, best first; [] where nothing matches.
+
+        Words are stemmed (waves finds wave). Of plain words any may match; a feature that has more
+        of them comes first, and words that only begin with one fill up a short list. An expression
+        decides what is found. Filters alone list features by number.
+
+        Args:
+            sort: "effect" orders by match · √max(0, own effect): a feature that mentions the words
+                and causes nothing goes down. Not measured counts as 0; ties stay in match order.
 
         Raises:
-            IndexingError: the index is damaged.
+            IndexingError: the index is damaged, or a filter has no number.
         """
-        terms = _terms(query)
-        if not terms or limit < 1:
+        if sort not in ("match", "effect"):
+            raise IndexingError(f'sort is "match" or "effect", not {sort!r}')
+        asked = parse(query)
+        if limit < 1:
             return []
-        with self._reading():
-            scores = self._scores(terms)
-            if len(scores) < limit:
-                long = [term for term in terms if len(term.text) >= _PREFIX]
-                longer = [_Term(term.text, f"{term.match}*") for term in long]
-                # Whole words first, whatever a beginning scores.
-                floor = min((score for score, *_ in scores.values()), default=1.0)
-                more = self._scores(longer) if longer else {}
-                best = max((score for score, *_ in more.values()), default=1.0) or 1.0
-                for feature, (score, *rest) in more.items():
-                    scores.setdefault(feature, (floor * score / (best * 1.001), *rest))  # type: ignore[arg-type]
-            ordered = sorted(scores, key=lambda i: (-scores[i][0], i))[:limit]
-            return [self._hit(i, *scores[i]) for i in ordered]
+        with self._reading() as opened:
+            mask = allowed(asked.filters, opened.connection, self.column)
+            effect = self.column("own_effect") if sort == "effect" else None
+            if asked.words or asked.expression:
+                found = matches(
+                    opened.connection,
+                    opened.engine,
+                    asked,
+                    limit,
+                    allowed=mask,
+                    every=effect is not None,
+                )
+                if effect is not None:
+                    found.sort(key=lambda m: -by_effect(m.score, float(effect[m.feature])))
+                return self.hits([(m.feature, m.score, m.why) for m in found[:limit]])
+            if mask is None:
+                return []
+            ids = mask.nonzero()[0].tolist()
+            if effect is not None:
+                ids.sort(key=lambda i: -by_effect(1.0, float(effect[i])))
+            return self.hits([(i, 0.0, "passes the filters") for i in ids[:limit]])
+
+    def suggest(self, query: str) -> list[str]:
+        """The query with misspelled words mended, at most three ways; [] where all are known."""
+        with self._reading() as opened:
+            return suggestions(opened.connection, query, parse(query))
+
+    def hits(self, found: Sequence[tuple[int, float, str]]) -> list[Hit]:
+        """(feature, score, why) of features found by other means, as hits, in their order."""
+        brief = {f.id: f for f in self.features([i for i, _, _ in found])}
+        return [hit(brief[i], score, why) for i, score, why in found if i in brief]
+
+    def neighbours(self, feature: int, limit: int = 10) -> list[Hit]:
+        """Features whose decoder rows point the same way; the score is the cosine.
+
+        Raises:
+            FeatureError: there is none of that number.
+        """
+        return self._beside(self.feature(feature).neighbours[:limit], "decoder cosine {:.2f}")
+
+    def coactive(self, feature: int, limit: int = 10) -> list[Hit]:
+        """Features that fire on the same tokens; the score is the lift over chance.
+
+        Raises:
+            FeatureError: there is none of that number.
+        """
+        return self._beside(
+            self.feature(feature).coactive[:limit], "fires with it {:.3g} times as often as chance"
+        )
+
+    def _beside(self, near: Sequence[Neighbour], why: str) -> list[Hit]:
+        return self.hits([(n.feature, n.value, why.format(n.value)) for n in near])
+
+    def features(self, ids: Sequence[int]) -> list[Feature]:
+        """Brief records: figures, words, the first example and notes; unknown ids left out."""
+        with self._reading() as opened:
+            return store.load(opened.connection, ids, brief=True)
 
     def feature(self, feature: int) -> Feature:
         """The full record of a feature.
@@ -130,7 +183,21 @@ class Index:
         Raises:
             FeatureError: there is none of that number.
         """
-        return self._feature(feature, evidence=True)
+        self._check(feature)
+        with self._reading() as opened:
+            (found,) = store.load(opened.connection, [feature])
+            return found
+
+    def column(self, name: str) -> "NDArray[np.float32]":
+        """One figure of all features, of `schema.MEASURED`; NaN where not measured.
+
+        Raises:
+            IndexingError: there is no such figure.
+        """
+        import numpy as np
+
+        with self._reading() as opened:
+            return np.frombuffer(store.column(opened.connection, name), "<f4")
 
     def max_act(self, feature: int) -> float:
         """The highest activation of a feature over the indexed text, 0 where it never fired.
@@ -138,7 +205,11 @@ class Index:
         Raises:
             FeatureError: there is none of that number.
         """
-        return self._feature(feature, evidence=False).max_act
+        self._check(feature)
+        with self._reading() as opened:
+            return opened.connection.execute(
+                "SELECT max_act FROM features WHERE id = ?", (feature,)
+            ).fetchone()[0]
 
     def strength(self, feature: int, value: str | float) -> float:
         """The raw activation meant by "8x" (times max_act) or a bare number.
@@ -148,164 +219,52 @@ class Index:
         """
         return strength(value, self.max_act(feature), feature=feature)
 
-    def _feature(self, feature: int, *, evidence: bool) -> Feature:
+    def _check(self, feature: int) -> None:
         whole = isinstance(feature, int) and not isinstance(feature, bool)
-        row = data = None
-        # SQLite's integers have 64 bits.
-        if whole and abs(feature) < 2**63:
-            with self._reading():
-                row = self._connection.execute(
-                    f"SELECT {_COLUMNS} FROM features WHERE id = ?", (feature,)
-                ).fetchone()
-                if row and evidence:
-                    data = self._connection.execute(
-                        "SELECT data FROM evidence WHERE id = ?", (feature,)
-                    ).fetchone()[0]
-        if row is None:
+        if not whole or not 0 <= feature < self.n_features:
             raise FeatureError(
                 f"there is no feature {feature!r}: this SAE has features 0 to "
                 f"{self.n_features - 1}; find one with `saesteer search`"
             )
-        with self._reading():
-            return store.unpacked(row, data)
-
-    def _scores(self, terms: list[_Term]) -> dict[int, tuple[float, list[Firing], list[str]]]:
-        """Score, firings and matching words of each candidate."""
-        firings: dict[int, list[Firing]] = {}
-        named: dict[int, list[str]] = {}
-        for place, term in enumerate(terms):
-            rows = self._connection.execute(
-                "SELECT f.feature, f.share, f.lift, f.recall, w.text "
-                "FROM words AS w JOIN fires AS f ON f.word = w.rowid WHERE words MATCH ? "
-                "ORDER BY f.recall * f.share DESC LIMIT ?",
-                (term.match, 4 * _CANDIDATES),
-            ).fetchall()
-            for feature, share, lift, recall, word in rows:
-                own = firings.setdefault(feature, [Firing()] * len(terms))
-                # Several forms of one word: their shares add up, the best lift and recall count.
-                own[place] = Firing(
-                    own[place].share + share,
-                    max(own[place].lift, lift),
-                    max(own[place].recall, recall),
-                )
-                if word not in named.setdefault(feature, []):
-                    named[feature].append(word)
-        texts = self._texts(terms)
-        ids = list(dict.fromkeys([*firings, *texts]))
-        spread = self._spread(ids)
-        best = max(texts.values(), default=0.0) or 1.0
-        return {
-            i: (
-                rank(
-                    texts.get(i, 0.0) / best,
-                    firings.get(i, [Firing()] * len(terms)),
-                    *spread.get(i, (0.0, 0.0)),
-                ),
-                firings.get(i, []),
-                named.get(i, []),
-            )
-            for i in ids
-        }
-
-    def _texts(self, terms: list[_Term]) -> dict[int, float]:
-        """BM25 of the features whose text matches any of the terms best."""
-        weights = ", ".join(str(FIELD_WEIGHTS[field]) for field in store.FIELDS)
-        rows = self._connection.execute(
-            f"SELECT rowid, -bm25(texts, {weights}) AS score FROM texts WHERE texts MATCH ? "
-            "ORDER BY score DESC LIMIT ?",
-            (" OR ".join(term.match for term in terms), _CANDIDATES),
-        )
-        return dict(rows)
-
-    def _spread(self, ids: list[int]) -> dict[int, tuple[float, float]]:
-        """Breadth and company of some features."""
-        found: dict[int, tuple[float, float]] = {}
-        for start in range(0, len(ids), 500):
-            part = ids[start : start + 500]
-            marks = ", ".join("?" * len(part))
-            rows = self._connection.execute(
-                f"SELECT id, breadth, company FROM features WHERE id IN ({marks})", part
-            )
-            found |= {i: (breadth, company) for i, breadth, company in rows}
-        return found
-
-    def _hit(self, feature: int, score: float, firings: list[Firing], words: list[str]) -> Hit:
-        found = self._feature(feature, evidence=True)
-        tokens = dict.fromkeys(word.text for word in found.words)
-        return Hit(
-            id=feature,
-            label=found.label,
-            score=score,
-            density=found.density,
-            max_act=found.max_act,
-            top_tokens=tuple(tokens)[:8],
-            example=marked(found.examples[0]) if found.examples else "",
-            why=_why(firings, words),
-        )
 
     @contextmanager
-    def _reading(self) -> Iterator[None]:
+    def _reading(self) -> Iterator[_Opened]:
+        """This thread's connection, to the file that has the name now, in one read transaction."""
         try:
-            yield
-        except (sqlite3.Error, ValueError, KeyError, TypeError, zlib.error) as error:
+            opened: _Opened | None = getattr(self._local, "opened", None)
+            if opened is not None and opened.connection.in_transaction:
+                yield opened  # a question within a question
+                return
+            opened = self._begun()
+            try:
+                yield opened
+            finally:
+                opened.connection.rollback()
+        except (sqlite3.Error, ValueError, LookupError, TypeError, struct.error, zlib.error) as e:
             raise IndexingError(
-                f"{self.path} is damaged ({error}); make it again with `saesteer index`"
-            ) from error
+                f"{self.path} is damaged ({e}); make it again with `saesteer index`"
+            ) from e
 
+    def _begun(self) -> _Opened:
+        """This thread's connection with a transaction begun, opened again where that is needed."""
+        for _ in range(_TRIES):
+            opened: _Opened | None = getattr(self._local, "opened", None)
+            if opened is None or opened.identity != identity(self.path):
+                self.close()
+                opened = self._local.opened = self._open()
+            if begun(opened.connection):
+                return opened
+            self.close()
+        raise IndexingError(f"{self.path} can't be read: it is made again all the time; try later")
 
-def strength(value: str | float, max_act: float | None, *, feature: int | None = None) -> float:
-    """The raw activation that a strength means: "8x" is 8 × max_act, a bare number itself.
-
-    Args:
-        value: "8x", "-2.5x", "12" or a number.
-        max_act: of the feature; None where there is no index, 0 where it never fired.
-        feature: its number, for messages.
-
-    Raises:
-        FeatureError: malformed, not finite, or "8x" without a max_act.
-    """
-    name = "this feature" if feature is None else f"feature {feature}"
-    how = 'write "8x" for 8 times its highest activation, or a plain number for a raw activation'
-    match = _STRENGTH.fullmatch(str(value))
-    if match is None or isinstance(value, bool) or not math.isfinite(float(match[1])):
-        raise FeatureError(f"{value!r} is no strength for {name}; {how}")
-    if not match[2]:
-        return float(match[1])
-    if max_act is None:
-        raise FeatureError(
-            f"{value!r} needs the highest activation of {name}, which only an index knows; make "
-            "one with `saesteer index`, or give a plain number"
-        )
-    if max_act <= 0:
-        raise FeatureError(
-            f"{name} never fired on the indexed text, so {value!r} means nothing; choose another "
-            "feature, or give a plain number"
-        )
-    if not math.isfinite(float(match[1]) * max_act):
-        raise FeatureError(f"{value!r} is too large a strength for {name}; {how}")
-    return float(match[1]) * max_act
-
-
-def marked(example: Example, opening: str = "«", closing: str = "»") -> str:
-    """An example as text, the firing token between two marks (its leading space outside)."""
-    text = ""
-    for i, piece in enumerate(example.pieces):
-        if i == example.firing:
-            bare = piece.lstrip()
-            piece = f"{piece[: len(piece) - len(bare)]}{opening}{bare}{closing}"
-        text += piece
-    return text.strip()
-
-
-def _terms(query: str) -> list[_Term]:
-    words = dict.fromkeys(re.findall(r"[^\W_]+", query[:20_000].casefold()))
-    return [_Term(word, f'"{word[:_LETTERS]}"') for word in list(words)[:_TERMS]]
-
-
-def _why(firings: list[Firing], words: list[str]) -> str:
-    if not words:
-        return "in its examples or promoted tokens"
-    share = sum(firing.share for firing in firings)
-    recall = max(firing.recall for firing in firings)
-    named = ", ".join(f"'{word}'" for word in words[:3])
-    return f"fires on {recall:.0%} of {named} ({share:.0%} of its activation)"
+    def _open(self) -> _Opened:
+        # Asked before: where another file comes in between, the next question opens it again.
+        made = identity(self.path) if self.path.is_file() else (0, 0)
+        connection = connect(self.path)
+        try:
+            meta = store.read_meta(connection)
+            engine: TextEngine = tantivy_engine.beside(self.path, meta) or Fts5(connection)
+            return _Opened(connection, made, meta, engine)
+        except BaseException:
+            connection.close()
+            raise

@@ -1,217 +1,155 @@
-"""The feature index on disk: one SQLite file that is whole or isn't there.
-
-    meta      key, value: the SAE's hash, the model's fingerprint, the hook point, counts, …
-    features  one row a feature: what a hit list and a strength need
-    evidence  one blob a feature (zlib JSON): tokens, promoted and suppressed tokens, examples
-    words     whole words, searchable (FTS5)
-    fires     which features fire on which words: share, lift and recall
-    texts     searchable text of each feature, by field (FTS5)
+"""The feature index on disk: one SQLite file that is whole or isn't there. Its tables: `schema`.
 
 Nothing here imports torch, transformers or numpy, so that a search starts at once.
 """
 
+import gc
 import json
 import sqlite3
+import struct
 import zlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from saesteer.core.files import written_aside
 from saesteer.errors import IndexingError
+from saesteer.features import fts, notes
+from saesteer.features.carry import carried
+from saesteer.features.database import AGAIN, locked
+from saesteer.features.evidence import Vocab, pack, unpack
+from saesteer.features.migrate import reading, writing
+from saesteer.features.records import Entry, Feature
+from saesteer.features.schema import COLUMNS, MEASURED, SCHEMA, create, lay_column, lay_fires
 
-SCHEMA = 1
-_APPLICATION = 0x53414553  # "SAES" in the file's header: told from other SQLite files
-_PAGE = 4096
-_TOKENIZER = "porter unicode61"
-# Searchable fields, in the order of the columns of `texts`.
-FIELDS = ("label", "words", "near", "promotes", "contexts")
-
-
-@dataclass(frozen=True)
-class TokenStat:
-    """A token on which a feature fires.
-
-    share: of the feature's activation mass; count: times it fired there; lift: P(token | fires) /
-    P(token); base: P(token) among all tokens counted.
-    """
-
-    id: int
-    text: str
-    share: float
-    count: int
-    lift: float
-    base: float
+# Features read at once; SQLite takes 999 parameters at the least.
+_CHUNK = 500
+_INSERT = f"INSERT INTO features ({COLUMNS}) VALUES ({', '.join('?' * len(COLUMNS.split(',')))})"
 
 
-@dataclass(frozen=True)
-class WordStat:
-    """A whole word on which a feature fires; fields as in `TokenStat`."""
+def write(path: Path, entries: Iterable[Entry], meta: Mapping[str, Any]) -> Path | None:
+    """Write an index aside and rename it to `path`; what a user wrote is taken from the old one.
 
-    text: str
-    share: float
-    lift: float
-    base: float
-
-    def recall(self, density: float) -> float:
-        """P(fires | word), from the feature's density."""
-        return min(1.0, self.lift * density)
-
-
-@dataclass(frozen=True)
-class Example:
-    """A context in which a feature fires: the tokens around, their text, its activations there.
-
-    firing: which of them the example is about; value: the activation there; context, position:
-    where in the text it was; document: of which document, None where not known.
-    """
-
-    value: float
-    context: int
-    position: int
-    document: int | None
-    firing: int
-    tokens: tuple[int, ...]
-    pieces: tuple[str, ...]
-    activations: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Feature:
-    """All that is known of a feature.
-
-    confidence: of the label, 0 to 1; density: share of tokens on which it fires; mean_act: where it
-    fires; breadth: effective number of its own words; company: how many of them fire within one
-    example; promotes, suppresses: (token text, logit).
-    """
-
-    id: int
-    label: str
-    confidence: float
-    density: float
-    mean_act: float
-    max_act: float
-    n_fired: int
-    breadth: float
-    company: float
-    tokens: tuple[TokenStat, ...] = ()
-    words: tuple[WordStat, ...] = ()
-    promotes: tuple[tuple[str, float], ...] = ()
-    suppresses: tuple[tuple[str, float], ...] = ()
-    examples: tuple[Example, ...] = ()
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A feature and its searchable text: field of `FIELDS` -> text."""
-
-    feature: Feature
-    texts: Mapping[str, str]
-
-
-def write(path: Path, entries: Iterable[Entry], meta: Mapping[str, Any]) -> None:
-    """Write an index aside and rename it to `path`.
+    Entries are read once, and none is kept.
 
     Args:
+        entries: of features 0, 1, 2, …, in this order.
         meta: anything that JSON can hold; what made the index.
 
+    Returns:
+        The file that holds what could not be carried over (see `carry.carried`), if anything.
+
     Raises:
-        IndexingError: the disk is full, or the folder can't be written.
+        IndexingError: the disk is full, the folder can't be written, another process writes, or
+            the entries aren't numbered so.
     """
-    with written_aside(path) as aside:
+    # The lock is taken once the index is made, and held until it has its name.
+    with ExitStack() as lock, written_aside(path) as aside, _swept_less():
         aside.unlink(missing_ok=True)
         try:
-            connection = sqlite3.connect(aside)
-            try:
-                _write(connection, entries, meta)
-            finally:
-                connection.close()
+            with closing(sqlite3.connect(aside)) as connection:
+                # No journal: the file has another name until it is whole.
+                connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF")
+                _fill(connection, entries, meta)
+                lock.enter_context(locked(path))
+                left = carried(path, connection)
+                # The version comes last: a file without it is not whole.
+                connection.execute(f"PRAGMA user_version = {SCHEMA}")
+                connection.commit()
         except sqlite3.Error as error:
             raise IndexingError(
-                f"cannot write the index {path}: {error}; free some space or choose a run folder "
-                "that you can write to"
+                f"cannot write the index {path}: {error}; free some space, there and for "
+                "temporary files (SQLITE_TMPDIR says where), or choose a run folder that you can "
+                "write to"
             ) from error
+    return left
 
 
-def _write(
+@contextmanager
+def _swept_less() -> Iterator[None]:
+    """Python's collector leaves alone what is there already.
+
+    Records are made by the hundred thousand, so it would go through all of a loaded model's modules
+    and libraries over and over: a quarter of the time that writing an index takes.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _fill(
     connection: sqlite3.Connection, entries: Iterable[Entry], meta: Mapping[str, Any]
 ) -> None:
-    # No journal: the file has another name until it is whole.
-    connection.executescript(
-        f"""
-        PRAGMA page_size = {_PAGE}; PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
-        PRAGMA application_id = {_APPLICATION};
-        CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-        CREATE TABLE features (
-            id INTEGER PRIMARY KEY, label TEXT NOT NULL, confidence REAL NOT NULL,
-            density REAL NOT NULL, mean_act REAL NOT NULL, max_act REAL NOT NULL,
-            n_fired INTEGER NOT NULL, breadth REAL NOT NULL, company REAL NOT NULL);
-        CREATE TABLE evidence (id INTEGER PRIMARY KEY, data BLOB NOT NULL);
-        CREATE VIRTUAL TABLE words USING fts5(text, tokenize = '{_TOKENIZER}');
-        CREATE TABLE fires (
-            word INTEGER NOT NULL, feature INTEGER NOT NULL, share REAL NOT NULL,
-            lift REAL NOT NULL, recall REAL NOT NULL, PRIMARY KEY (word, feature)) WITHOUT ROWID;
-        CREATE VIRTUAL TABLE texts USING fts5(
-            {", ".join(FIELDS)}, content = '', tokenize = '{_TOKENIZER}');
-        """
+    create(connection)
+    # One transaction over all, which without a journal takes no room; places within a word are
+    # known when all features are.
+    connection.execute(
+        "CREATE TEMP TABLE fired "
+        "(word INTEGER, feature INTEGER, share REAL, lift REAL, recall REAL)"
     )
-    words: dict[str, int] = {}
-    n_features = n_fired = 0
-    for entry in entries:
-        feature = entry.feature
-        _write_feature(connection, feature, words)
-        fields = [_storable(entry.texts.get(field, "")) for field in FIELDS]
-        connection.execute(
-            f"INSERT INTO texts (rowid, {', '.join(FIELDS)}) VALUES (?, ?, ?, ?, ?, ?)",
-            (feature.id, *fields),
-        )
-        n_features += 1
-        n_fired += feature.n_fired > 0
+    vocab, words = Vocab(), dict[str, int]()
+    counts = {"n_features": 0, "n_alive": 0}
+
+    def pairs() -> Iterator[tuple[int, Mapping[str, str]]]:
+        for number, entry in enumerate(entries):
+            feature = entry.feature
+            if feature.id != number:
+                raise IndexingError(
+                    f"entry {number} of the index is of feature {feature.id}; features must come "
+                    "as 0, 1, 2, …: fill gaps with features that never fired"
+                )
+            _write_feature(connection, feature, vocab, words)
+            counts["n_features"] += 1
+            counts["n_alive"] += feature.n_fired > 0
+            yield feature.id, entry.texts
+
+    fts.build(connection, pairs())
+    lay_fires(connection, "temp.fired")
+    connection.execute("DROP TABLE temp.fired")
+    for name in MEASURED:
+        lay_column(connection, name)
     connection.executemany(
         "INSERT INTO words (rowid, text) VALUES (?, ?)", ((i, word) for word, i in words.items())
     )
-    everything = {**meta, "n_features": n_features, "n_alive": n_fired}
     connection.executemany(
-        "INSERT INTO meta VALUES (?, ?)", ((k, json.dumps(v)) for k, v in everything.items())
+        "INSERT INTO vocab VALUES (?, ?)", ((i, _storable(t)) for i, t in vocab.texts.items())
     )
-    connection.execute("INSERT INTO texts (texts) VALUES ('optimize')")
-    # The version comes last: a file without it is not whole.
-    connection.execute(f"PRAGMA user_version = {SCHEMA}")
-    connection.commit()
+    connection.executemany(
+        "INSERT INTO meta VALUES (?, ?)",
+        ((k, json.dumps(v)) for k, v in {**meta, **counts}.items()),
+    )
 
 
-def _write_feature(connection: sqlite3.Connection, f: Feature, words: dict[str, int]) -> None:
+def _write_feature(
+    connection: sqlite3.Connection, f: Feature, vocab: Vocab, words: dict[str, int]
+) -> None:
+    figures = (f.confidence, f.density, f.mean_act, f.max_act, f.n_fired, f.breadth, f.company)
     connection.execute(
-        "INSERT INTO features VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        _INSERT,
         (
             f.id,
             _storable(f.label),
-            f.confidence,
-            f.density,
-            f.mean_act,
-            f.max_act,
-            f.n_fired,
-            f.breadth,
-            f.company,
+            *figures,
+            f.decoder_norm,
+            f.label_source,
+            f.label_score,
+            f.output_score,
+            f.own_effect,
+            None if f.token_set is None else _storable(f.token_set),
+            f.token_set_score,
         ),
     )
-    data = {
-        "tokens": [list(vars(token).values()) for token in f.tokens],
-        "words": [list(vars(word).values()) for word in f.words],
-        "promotes": f.promotes,
-        "suppresses": f.suppresses,
-        "examples": [list(vars(example).values()) for example in f.examples],
-    }
-    packed = zlib.compress(json.dumps(data, ensure_ascii=False).encode("utf-8", "replace"), 6)
-    connection.execute("INSERT INTO evidence VALUES (?, ?)", (f.id, packed))
+    connection.execute("INSERT INTO evidence VALUES (?, ?)", (f.id, pack(f, vocab)))
     by_word = {
         words.setdefault(_storable(word.text.casefold()), len(words) + 1): word for word in f.words
     }
     connection.executemany(
-        "INSERT INTO fires VALUES (?, ?, ?, ?, ?)",
-        ((i, f.id, w.share, w.lift, w.recall(f.density)) for i, w in by_word.items()),
+        "INSERT INTO temp.fired VALUES (?, ?, ?, ?, ?)",
+        [(i, f.id, w.share, w.lift, w.recall(f.density)) for i, w in by_word.items()],
     )
 
 
@@ -220,64 +158,110 @@ def _storable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def unpacked(row: tuple[Any, ...], data: bytes | None) -> Feature:
-    """A `Feature` from its row in `features` and its blob in `evidence` (None: without)."""
-    if data is None:
-        return Feature(*row)
-    parts = json.loads(zlib.decompress(data))
-    return replace(
-        Feature(*row),
-        tokens=tuple(TokenStat(*token) for token in parts["tokens"]),
-        words=tuple(WordStat(*word) for word in parts["words"]),
-        promotes=tuple((text, logit) for text, logit in parts["promotes"]),
-        suppresses=tuple((text, logit) for text, logit in parts["suppresses"]),
-        examples=tuple(
-            Example(value, context, position, document, firing, tuple(t), tuple(p), tuple(a))
-            for value, context, position, document, firing, t, p, a in parts["examples"]
-        ),
-    )
+def load(
+    connection: sqlite3.Connection, features: Sequence[int], *, brief: bool = False
+) -> list[Feature]:
+    """Records of some features, in the order asked for; those that aren't there are left out.
+
+    Args:
+        brief: of the evidence only the first words and the strongest example, for a list of hits.
+
+    Raises:
+        IndexingError: a record is damaged.
+    """
+    found: dict[int, Feature] = {}
+    texts = _Texts(connection)
+    written = notes.read(connection, features)
+    columns = ", ".join(f"f.{column.strip()}" for column in COLUMNS.split(","))
+    for part in (features[i : i + _CHUNK] for i in range(0, len(features), _CHUNK)):
+        rows = connection.execute(
+            f"SELECT e.data, {columns} FROM features AS f JOIN evidence AS e ON e.id = f.id "
+            f"WHERE f.id IN ({', '.join('?' * len(part))})",
+            part,
+        ).fetchall()
+        for data, *row in rows:
+            feature = replace(Feature(*row), note=written.get(row[0]))
+            try:
+                found[feature.id] = unpack(feature, data, texts, brief=brief)
+            except (ValueError, LookupError, TypeError, struct.error, zlib.error) as error:
+                raise IndexingError(
+                    f"the index's record of feature {feature.id} is damaged ({error}); {AGAIN}"
+                ) from error
+    return [found[i] for i in features if i in found]
+
+
+class _Texts(dict[int, str]):
+    """The texts of the vocabulary, by number, read as they are needed."""
+
+    def __init__(self, connection: sqlite3.Connection):
+        self._connection = connection
+
+    def __missing__(self, number: int) -> str:
+        row = self._connection.execute("SELECT text FROM vocab WHERE id = ?", (number,)).fetchone()
+        if row is None:
+            raise KeyError(f"no text {number}")
+        self[number] = row[0]
+        return row[0]
 
 
 def read_meta(connection: sqlite3.Connection) -> dict[str, Any]:
     """What made an index."""
-    return {key: json.loads(value) for key, value in connection.execute("SELECT * FROM meta")}
+    rows = connection.execute("SELECT key, value FROM meta").fetchall()
+    return {key: json.loads(value) for key, value in rows}
 
 
-def connect(path: Path) -> sqlite3.Connection:
-    """Open an index for reading only.
+def column(connection: sqlite3.Connection, name: str) -> bytes:
+    """One figure of `schema.MEASURED` of all features: float32, little-endian, NaN: not measured.
 
     Raises:
-        IndexingError: it is missing, truncated, no index, or of another version.
+        IndexingError: there is no such figure.
     """
-    again = "make it with `saesteer index`"
-    if not path.is_file():
-        raise IndexingError(f"there is no feature index {path}; {again}")
-    try:
-        with path.open("rb") as file:
-            header = file.read(100)
-        if not header.startswith(b"SQLite format 3\0"):
-            raise IndexingError(f"{path} is no feature index; {again}")
-        page = int.from_bytes(header[16:18], "big")
-        whole = (65536 if page == 1 else page) * int.from_bytes(header[28:32], "big")
-        if path.stat().st_size < whole:
-            raise IndexingError(
-                f"{path} is cut off: {path.stat().st_size} bytes of {whole}; {again} again"
-            )
-        connection = sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=ro", uri=True)
-        try:
-            application = connection.execute("PRAGMA application_id").fetchone()[0]
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
-        except sqlite3.Error:
-            connection.close()
-            raise
-    except (OSError, sqlite3.Error) as error:
-        raise IndexingError(f"{path} can't be read ({error}); {again}") from error
-    if application != _APPLICATION or version != SCHEMA:
-        connection.close()
-        what = (
-            f"has version {version}, expected {SCHEMA}"
-            if application == _APPLICATION
-            else "is no feature index but another SQLite file"
+    row = connection.execute("SELECT data FROM columns WHERE name = ?", (name,)).fetchone()
+    if row is None:
+        raise IndexingError(f"the index has no column {name!r}; it has {', '.join(MEASURED)}")
+    return row[0]
+
+
+def keep_outputs(
+    path: Path,
+    scores: Iterable[tuple[int, float | None, float | None]],
+    settings: Mapping[str, Any],
+) -> None:
+    """Keep effects of features in an index, with what they were measured with.
+
+    Those of the same features that were there are replaced.
+
+    Args:
+        scores: (feature, output_score, own_effect); None where a figure means nothing.
+        settings: anything that JSON can hold.
+
+    Raises:
+        IndexingError: the index can't be written.
+    """
+    how = json.dumps(settings, sort_keys=True)
+    rows = [(feature, score, own, how) for feature, score, own in scores]
+    with writing(path) as connection:
+        connection.executemany("INSERT OR REPLACE INTO outputs VALUES (?, ?, ?, ?)", rows)
+        connection.executemany(
+            "UPDATE features SET output_score = ?, own_effect = ? WHERE id = ?",
+            [(score, own, feature) for feature, score, own, _ in rows],
         )
-        raise IndexingError(f"{path} {what}; {again}")
-    return connection
+        for name in ("output_score", "own_effect"):
+            lay_column(connection, name)
+
+
+def measured(path: Path, settings: Mapping[str, Any] | None = None) -> set[int]:
+    """The features whose effects are kept in an index, also those that can't be told.
+
+    Args:
+        settings: only those measured with these; None: with any.
+
+    Raises:
+        IndexingError: the index can't be read.
+    """
+    how = None if settings is None else json.dumps(settings, sort_keys=True)
+    with reading(path) as connection:
+        rows = connection.execute(
+            "SELECT feature FROM outputs WHERE ? IS NULL OR settings = ?", (how, how)
+        )
+        return {feature for (feature,) in rows.fetchall()}

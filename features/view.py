@@ -1,154 +1,229 @@
-"""Hit lists and features as plain text for a terminal, 80 columns wide.
+"""Hit lists and features as plain text for a terminal, 80 columns wide or as wide as it is.
 
 Highlights are ANSI only where `colour` is set (a terminal); else the firing token stands between
-« and ». What comes from models and texts is shown with its control characters escaped.
+« and ». What was not measured isn't shown.
 """
 
-import unicodedata
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 
-from saesteer.features.search import Hit
-from saesteer.features.store import Example, Feature
+from saesteer.features.hit import Hit
+from saesteer.features.records import Feature, Histogram, Neighbour, TokenStat
+from saesteer.features.view_parts import (
+    BOLD,
+    DIM,
+    around_mark,
+    bars,
+    clean,
+    columns,
+    cut,
+    figures,
+    fit,
+    highlighted,
+    label_figures,
+    percent,
+    places,
+    quoted,
+    shown_name,
+    style,
+    tenths,
+    trimmed,
+)
 
 WIDTH = 80
-_BOLD, _UNDERLINE, _PLAIN = "\033[1m", "\033[4m", "\033[0m"
-# A token is shaded from this part of the example's highest activation up.
-_SHADE = 0.25
+_TOKENS = 10
 
 
-def hits(found: Sequence[Hit], query: str, *, colour: bool = False, width: int = WIDTH) -> str:
-    """A list of hits, three lines each."""
+def hits(
+    found: Sequence[Hit],
+    query: str,
+    *,
+    suggestions: Sequence[str] = (),
+    note: str | None = None,
+    colour: bool = False,
+    width: int = WIDTH,
+) -> str:
+    """A list of hits, three lines each.
+
+    Args:
+        suggestions: other queries to try, where nothing was found.
+        note: what is to be said of how the query was read, before all else.
+    """
+    lines = [] if not note else [_cut(note, width)]
     if not found:
-        return (
-            f"no feature matches {_clean(query)!r}; try a word that the text is likely to hold, "
+        lines.append(
+            f"no feature matches {clean(query)!r}; try a word that the text is likely to hold, "
             "or a shorter one"
         )
-    lines = []
+        if suggestions:
+            lines.append(f"did you mean {' or '.join(repr(clean(s)) for s in suggestions)}?")
+        return "\n".join(lines)
     for number, hit in enumerate(found, 1):
-        head = f"{number:>2}. feature {hit.id}  "
-        tail = f"  fires on {_percent(hit.density)}, max {hit.max_act:.3g}"
-        label = _cut(_clean(hit.label), width - _columns(head) - _columns(tail))
-        lines.append(f"{head}{_style(label, _BOLD, colour)}{tail}")
-        lines.append(f"    {_cut(_clean(hit.why), width - 4)}")
+        head = f"{number:>2}. {'★ ' if hit.starred else ''}feature {hit.id}  "
+        tail = f"  fires on {percent(hit.density)}, max {hit.max_act:.3g}"
+        label = _cut(hit.label, width - columns(head) - columns(tail))
+        lines.append(f"{head}{style(label, BOLD, colour)}{tail}")
+        lines.append(f"    {_cut(' · '.join([hit.why, *_beside(hit)]), width - 4)}")
         if hit.example:
-            lines.append(f"    {_around_mark(_clean(hit.example), width - 4, colour)}")
+            lines.append(f"    {around_mark(clean(hit.example), width - 4, colour)}")
     return "\n".join(lines)
+
+
+def _beside(hit: Hit) -> list[str]:
+    told = [f"label by a {hit.source}"] if hit.source == "judge" else []
+    told += ["named by you"] if hit.source == "user" else []
+    told += [] if hit.output_score is None else [f"output score {hit.output_score:.2g}"]
+    told += [] if hit.own_effect is None else [f"own effect {hit.own_effect:.2g}"]
+    return told + [f"#{tag}" for tag in hit.tags]
 
 
 def feature(
-    record: Feature, *, colour: bool = False, width: int = WIDTH, examples: int = 10
+    record: Feature,
+    *,
+    beside: Mapping[int, str] | None = None,
+    colour: bool = False,
+    width: int = WIDTH,
+    examples: int = 10,
+    of_each_tenth: int = 1,
 ) -> str:
-    """One feature: numbers, tokens with their lift, promoted and suppressed tokens, examples."""
-    lines = [
-        _style(_cut(f"feature {record.id}: {_clean(record.label)}", width), _BOLD, colour),
-        _cut(
-            f"label confidence {record.confidence:.2f} · fires on {_percent(record.density)} of "
-            f"tokens ({record.n_fired:,}) · max {record.max_act:.4g} · mean {record.mean_act:.3g}",
-            width,
-        ),
-    ]
-    if not record.n_fired:
-        return "\n".join([*lines, *_logit_lines(record, width)])
-    lines += ["", "fires on" + " " * 16 + "share of activation    times likelier than usual"]
-    for token in record.tokens[:10]:
-        text = _fit(_quoted(token.text), 22)
-        lines.append(f"  {text}{token.share:>19.1%}{token.lift:>29.1f}")
-    lines += _logit_lines(record, width)
-    lines += ["", "strongest examples"]
-    for example in record.examples[:examples]:
-        lines.append(f"{example.value:>8.3g}  {_highlighted(example, width - 10, colour)}")
+    """One feature: figures, tokens with their lift, promoted tokens, histograms, examples, others.
+
+    Args:
+        beside: labels of its neighbours, by number; those without one are shown by number.
+        examples: how many of the strongest.
+        of_each_tenth: how many drawn from each tenth of its activations.
+    """
+    note = record.note
+    star = "★ " if note and note.starred else ""
+    head = f"{star}feature {record.id}: {clean(shown_name(record))}"
+    lines = [style(cut(head, width), BOLD, colour)]
+    if note and note.name:
+        lines.append(_cut(f"named by you; its label is {record.label}", width))
+    if note and note.tags:
+        lines.append(_cut(" ".join(f"#{tag}" for tag in note.tags), width))
+    if note and note.text:
+        lines += textwrap.wrap(clean(note.text), width)
+    told = [label_figures(record), *(f"{name} {value}" for name, value in figures(record))]
+    lines += _joined(told, width)
+    if record.n_fired:
+        lines += _tokens(record, width, colour)
+    lines += _logits(record, width, colour)
+    if record.n_fired:
+        lines += _shape(record, width, colour)
+        strongest = [x for x in record.examples if x.group == "top"][:examples]
+        drawn = tenths(record.examples, of_each_tenth)
+        for title, chosen in (
+            ("strongest examples", strongest),
+            ("examples from each tenth of its activations, the highest first", drawn),
+        ):
+            if chosen:
+                lines += ["", style(title, DIM, colour)]
+            for example in chosen:
+                lines.append(f"{example.value:>8.3g}  {highlighted(example, width - 10, colour)}")
+    labels = beside or {}
+    lines += _others("nearest decoder rows (cosine)", record.neighbours, labels, width, colour)
+    lines += _others(
+        "fire on the same tokens (times likelier than chance)",
+        record.coactive,
+        labels,
+        width,
+        colour,
+    )
     return "\n".join(lines)
 
 
-def _logit_lines(record: Feature, width: int) -> list[str]:
-    lines = []
-    for name, tokens in (("promotes", record.promotes), ("suppresses", record.suppresses)):
-        if tokens:
-            shown = "  ".join(_quoted(text) for text, _ in tokens)
-            lines += ["", name, _cut(f"  {shown}", width)]
+def others(record: Feature) -> list[int]:
+    """The features whose labels `feature` and `page.page` can show beside one."""
+    return list(dict.fromkeys(n.feature for n in (*record.neighbours, *record.coactive)))
+
+
+def _tokens(record: Feature, width: int, colour: bool) -> list[str]:
+    lines: list[str] = []
+    if record.tokens:
+        head = "fires on" + " " * 16 + "share of activation    times likelier than usual"
+        lines += ["", style(head, DIM, colour)]
+    for token in record.tokens[:_TOKENS]:
+        text = fit(quoted(token.text), 22)
+        lines.append(f"  {text}{token.share:>19.1%}{token.lift:>29.1f}")
+    if record.words and not record.tokens:
+        lines += ["", style("fires on", DIM, colour)]
+        lines.append(_cut("  " + "  ".join(word.text for word in record.words), width))
+    if record.next_tokens:
+        lines += ["", style("followed by (times likelier than usual)", DIM, colour)]
+        lines.append(cut("  " + "  ".join(map(_next, record.next_tokens)), width))
     return lines
 
 
-def _highlighted(example: Example, width: int, colour: bool) -> str:
-    """The example on one line, the firing token marked, other firing tokens underlined."""
-    shown: list[tuple[str, str]] = []
-    for i, piece in enumerate(example.pieces):
-        text = _clean(piece)
-        bare = text.lstrip()
-        space = text[: len(text) - len(bare)]
-        if i == example.firing:
-            bare = bare if colour else f"«{bare}»"
-            shown += [(space, ""), (bare, _BOLD)]
-        elif example.activations[i] >= _SHADE * example.value:
-            shown += [(space, ""), (bare, _UNDERLINE)]
+def _next(token: TokenStat) -> str:
+    return f"{quoted(token.text)} {token.lift:.2g}"
+
+
+def _logits(record: Feature, width: int, colour: bool) -> list[str]:
+    lines = []
+    for name, tokens in (("promotes", record.promotes), ("suppresses", record.suppresses)):
+        if tokens:
+            shown = "  ".join(quoted(text) for text, _ in tokens)
+            lines += ["", style(name, DIM, colour), cut(f"  {shown}", width)]
+    return lines
+
+
+def _shape(record: Feature, width: int, colour: bool) -> list[str]:
+    """Histograms on one line each, and where in a context it fires."""
+    lines = []
+    if record.activations is not None:
+        # From 0 up, so that a gap above 0 shows; one column a bin, two where there is room.
+        lines.append(_histogram("activations", record.activations, width))
+    if record.logits is not None:
+        lines.append(_histogram("logits", record.logits, width))
+    at = places(record.positions)
+    if at:
+        heights = bars([share for _, share in at])
+        named = " ".join(f"{bar}{name}" for (name, _), bar in zip(at, heights, strict=True))
+        lines.append(cut(f"  {'place in context':<18}{named}", width))
+    if lines:
+        about = "how its activations, and its logits, are spread (counts on a root scale)"
+        lines = ["", style(cut(about, width), DIM, colour), *lines]
+    return lines
+
+
+def _histogram(name: str, histogram: Histogram, width: int) -> str:
+    shown = trimmed(histogram)
+    # Roots: the tail would vanish beside the commonest bin, and no bin is empty that isn't.
+    heights = bars([count**0.5 for count in shown.counts])
+    low, high = f"{shown.edges[0]:>8.3g} ", f" {shown.edges[-1]:.3g}"
+    wide = 2 if 11 + 2 * len(heights) + len(low) + len(high) + 9 <= width else 1
+    bar = "".join(block * wide for block in heights)
+    return cut(f"  {name:<11}{low}{bar}{high}", width)
+
+
+def _others(
+    title: str,
+    near: Sequence[Neighbour],
+    labels: Mapping[int, str],
+    width: int,
+    colour: bool,
+) -> list[str]:
+    if not near:
+        return []
+    lines = ["", style(title, DIM, colour)]
+    for other in near:
+        head = f"{other.value:>8.3g}  feature {other.feature}  "
+        label = clean(labels.get(other.feature, ""))
+        lines.append((head + cut(label, width - columns(head))).rstrip())
+    return lines
+
+
+def _joined(parts: Sequence[str], width: int) -> list[str]:
+    """Parts with · between them, on as many lines as they need."""
+    lines = [""]
+    for part in parts:
+        longer = f"{lines[-1]} · {part}" if lines[-1] else part
+        if lines[-1] and columns(longer) > width:
+            lines.append(cut(part, width))
         else:
-            shown += [(text, "")]
-    at = next(n for n, (_, style) in enumerate(shown) if style == _BOLD)
-    # Drop whole tokens, farther ones first, until the line fits.
-    left, right = 0, len(shown)
-    while sum(_columns(text) for text, _ in shown[left:right]) > width - 2 and right - left > 1:
-        if at - left >= right - 1 - at:
-            left += 1
-        else:
-            right -= 1
-    line = "".join(
-        _style(text, style, colour) if style else text for text, style in shown[left:right]
-    )
-    return f"{'…' if left else ''}{line.strip()}{'…' if right < len(shown) else ''}"
-
-
-def _around_mark(text: str, width: int, colour: bool) -> str:
-    """Text cut on both sides of «…» to a width, the mark made bold instead where in colour."""
-    before, _, rest = text.partition("«")
-    inside, _, after = rest.partition("»")
-    room = max(0, width - _columns(inside) - 4)
-    side = room // 2
-    left = before if _columns(before) <= side else "…" + _tail(before, side - 1)
-    after = _cut(after, room - _columns(left))
-    middle = _style(inside, _BOLD, True) if colour else f"«{inside}»"
-    return f"{left}{middle}{after}"
-
-
-def _style(text: str, style: str, colour: bool) -> str:
-    return f"{style}{text}{_PLAIN}" if colour and style and text else text
-
-
-def _clean(text: str) -> str:
-    """Without anything that would move the cursor: newlines as ↵, other controls escaped."""
-    text = text.replace("\r\n", "↵").replace("\n", "↵").replace("\t", " ")
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def _quoted(text: str) -> str:
-    """A token with its leading space visible."""
-    text = _clean(text)
-    return f"'{text}'" if not text.strip() else text.replace(" ", "·", text.startswith(" "))
-
-
-def _percent(share: float) -> str:
-    return "0%" if share == 0 else f"{share:.2%}" if share >= 0.001 else f"{share:.1e}"
-
-
-def _columns(text: str) -> int:
-    """Terminal columns: East Asian wide characters take two, combining marks none."""
-    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
-    return len(text) + wide - sum(unicodedata.combining(c) > 0 for c in text)
+            lines[-1] = cut(longer, width)
+    return lines
 
 
 def _cut(text: str, width: int) -> str:
-    if _columns(text) <= width:
-        return text
-    while text and _columns(text) > width - 1:
-        text = text[:-1]
-    return f"{text}…" if width > 0 else ""
-
-
-def _tail(text: str, width: int) -> str:
-    while text and _columns(text) > width:
-        text = text[1:]
-    return text
-
-
-def _fit(text: str, width: int) -> str:
-    text = _cut(text, width)
-    return text + " " * (width - _columns(text))
+    return cut(clean(text), width)

@@ -14,9 +14,11 @@ from transformers import PreTrainedTokenizerBase
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 # Longer "words" are text of a script without spaces; a token is then its own word.
 _LONGEST = 24
-_BROKEN = "\ufffd"
+BROKEN = "\ufffd"
 # Tokens that a character is spread over at most: 4 bytes, and twice that for emoji of two.
 _CHARACTER = 8
+# Texts of several tokens kept: some 20 MB.
+_REMEMBERED = 2**17
 
 
 class Pieces:
@@ -25,6 +27,7 @@ class Pieces:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
         self._texts: dict[int, str] = {}
+        self._characters: dict[tuple[int, ...], str] = {}
         # A decoder drops the space that begins a text: tokens are decoded behind another one.
         self._anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
         self._lead = self._decode(self._anchor)
@@ -44,22 +47,30 @@ class Pieces:
         others.
         """
         texts = self.texts(ids)
-        if not any(_BROKEN in text for text in texts):
+        if not any(BROKEN in text for text in texts):
             return texts
         start = 0
         while start < len(texts):
-            if _BROKEN not in texts[start]:
+            if BROKEN not in texts[start]:
                 start += 1
                 continue
             # The fewest tokens from here on that make whole characters; none where a window's
             # edge cuts one.
             stops = range(start + 2, min(start + _CHARACTER, len(texts)) + 1)
-            joined = ((stop, self._after(ids[start:stop])) for stop in stops)
-            stop, text = next((pair for pair in joined if _BROKEN not in pair[1]), (start + 1, ""))
+            joined = ((stop, self._character(ids[start:stop])) for stop in stops)
+            stop, text = next((pair for pair in joined if BROKEN not in pair[1]), (start + 1, ""))
             if text:
                 texts[start:stop] = [text, *[""] * (stop - start - 1)]
             start = stop
         return texts
+
+    def _character(self, ids: Sequence[int]) -> str:
+        key = tuple(ids)
+        if key not in self._characters:
+            if len(self._characters) >= _REMEMBERED:
+                self._characters.clear()
+            self._characters[key] = self._after(ids)
+        return self._characters[key]
 
     def _after(self, ids: Sequence[int]) -> str:
         text = self._decode([*self._anchor, *ids])
@@ -73,41 +84,45 @@ class Pieces:
         )
 
 
-def word_at(pieces: Sequence[str], index: int) -> str:
-    """The whole word of which `pieces[index]` is a part, as written.
+def words_in(pieces: Sequence[str]) -> list[str]:
+    """For each piece of a text, the whole word of which it is a part, as written.
 
     The first word that the piece touches; a piece without letters or digits is its own word,
     stripped ('.'), or as it is where it is nothing but space.
     """
-    piece = pieces[index]
-    if not _WORD.search(piece):
-        return piece.strip() or piece
-    left, right = index, index + 1
-    while left > 0 and _glued(pieces[left - 1], pieces[left]):
-        left -= 1
-    while right < len(pieces) and _glued(pieces[right - 1], pieces[right]):
-        right += 1
-    begin = sum(map(len, pieces[left:index]))
-    for match in _WORD.finditer("".join(pieces[left:right])):
-        if match.end() > begin:
-            if match.end() - match.start() <= _LONGEST:
-                return match.group()
-            break
-    return piece.strip()
+    words: list[str] = []
+    start = 0
+    for stop in range(1, len(pieces) + 1):
+        if stop == len(pieces) or not _glued(pieces[stop - 1], pieces[stop]):
+            words += _words_of_run(pieces[start:stop])
+            start = stop
+    return words
 
 
-def is_whole(pieces: Sequence[str], index: int) -> bool:
-    """Whether the piece stands for itself: no word goes on across its ends."""
-    before = index > 0 and _glued(pieces[index - 1], pieces[index])
-    return not before and not (index + 1 < len(pieces) and _glued(pieces[index], pieces[index + 1]))
+def inner(character: str) -> bool:
+    """Whether a word may go on with this character."""
+    return character.isalnum() or character in "'’"
+
+
+def _words_of_run(pieces: Sequence[str]) -> list[str]:
+    """`words_in` of pieces through which one word might run."""
+    matches = [match.span() for match in _WORD.finditer("".join(pieces))]
+    words, begin, next_ = [], 0, 0
+    for piece in pieces:
+        while next_ < len(matches) and matches[next_][1] <= begin:
+            next_ += 1
+        word = piece.strip() or piece
+        if next_ < len(matches) and _WORD.search(piece):
+            first, last = matches[next_]
+            if last - first <= _LONGEST:
+                word = "".join(pieces)[first:last]
+        words.append(word)
+        begin += len(piece)
+    return words
 
 
 def _glued(one: str, two: str) -> bool:
     """Whether a word may run from the end of one piece into the next."""
     if not one or not two:
         return True
-    return _inner(one[-1]) and _inner(two[0])
-
-
-def _inner(character: str) -> bool:
-    return character.isalnum() or character in "'’"
+    return inner(one[-1]) and inner(two[0])

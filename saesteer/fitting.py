@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saesteer import stages
+from saesteer import run_text, stages
 from saesteer.config import Config, check_ranges
 from saesteer.core.files import alone, write_json
 from saesteer.core.hooks import activations
@@ -260,16 +260,16 @@ def _live(run: Run, ranks: Ranks, special: Collection[int]) -> Stream:
 
     return LiveStream(
         lambda: packing.pack(
-            reading.documents(**stages.text_source(run)), run.tokenizer, config.cache.context_size
+            reading.documents(**run_text.text_source(run)), run.tokenizer, config.cache.context_size
         ),
         read,
         keep=lambda tokens: ~np.isin(tokens, sorted(special)),
         block=config.rows.buffer,
-        n_held_out=stages.live_held_out(config),
+        n_held_out=run_text.live_held_out(config),
         batch_size=config.train.batch_size,
         seed=_order_seed(config),
         ranks=ranks,
-        text=reading.fingerprint(**stages.text_source(run)),
+        text=reading.fingerprint(**run_text.text_source(run)),
     )
 
 

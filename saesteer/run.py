@@ -15,26 +15,206 @@ is needed: opening a run and searching its index imports no torch.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from saesteer import named
+from saesteer import config as configuration
+from saesteer import named, run_folder, run_search
+from saesteer.config import Config
+from saesteer.errors import SaeError
 from saesteer.named import Name, Strength
-from saesteer.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from saesteer.core.model import HookPoint
+    from saesteer.core.sae import Sae
+    from saesteer.core.shards import Shards
     from saesteer.directions import Direction
-    from saesteer.features.search import Hit
+    from saesteer.features.reading import TokenReading
+    from saesteer.features.search import Hit, Index
     from saesteer.steering.edits import Edit
     from saesteer.steering.receipt import Receipt
 
 
-class Run(RunFolder):
-    """A run folder and what is done with it. Make one with `create`, `from_sae` or `open`."""
+class Run:
+    """A run folder and what is done with it. Make one with `create`, `from_sae` or `open`.
 
-    def search(self, query: str, limit: int = 10) -> "list[Hit]":
-        """Features by keyword, best first; imports no torch."""
-        return self.index.search(query, limit)
+    model_of: another run, whose model and tokenizer this one uses; None: it loads its own.
+    """
+
+    def __init__(self, path: Path, config: Config, *, model_of: "Run | None" = None):
+        self.path = path
+        self.config = config
+        self._model_of = model_of
+
+    @classmethod
+    def open(
+        cls, path: str | Path, *, device: str | None = None, dtype: str | None = None
+    ) -> "Run":
+        """Open a run folder that exists; see `run_folder.opened`."""
+        return cls(Path(path), run_folder.opened(Path(path), device=device, dtype=dtype))
+
+    @classmethod
+    def create(cls, config: Config) -> "Run":
+        """Make a run folder for a configuration, or open the one that is there with it; see
+        `run_folder.created`."""
+        return cls(run_folder.created(config), config)
+
+    def save_config(self) -> None:
+        """Keep the configuration that made what is now in the folder.
+
+        `create` leaves an older one as it is: a stage that is refused must not change the run.
+        """
+        configuration.write(self.path / "config.toml", self.config)
+
+    @classmethod
+    def from_sae(
+        cls,
+        path: str | Path,
+        sae: str,
+        model: str,
+        *,
+        revision: str | None = None,
+        force: bool = False,
+    ) -> "Run":
+        """Make a run from an SAE that someone else trained; a copy of it is kept in the run.
+
+        Args:
+            sae: SAELens "release/id", a Hub repository, or a folder (SAELens or sparsify format).
+            model: Hugging Face id or folder of the model that it was trained on.
+            force: take it although it names another model.
+
+        Raises:
+            RunError: there is a run already.
+            SaeError: the SAE cannot be read, or does not belong to this model.
+        """
+        from saesteer.core.sae import load_sae
+        from saesteer.core.sae_fits import check_fits
+
+        path = run_folder.empty(Path(path))
+        loaded = load_sae(sae)
+        run = cls(path, run_folder.borrowed(path, loaded, sae, model, revision))
+        check_fits(loaded, run.model, loaded.hook_point, model_id=model, force=force)
+        if force:  # from now on it belongs to this model
+            loaded = replace(loaded, model_id=model)
+        loaded.save(path / "sae")
+        run.save_config()
+        return run
+
+    @classmethod
+    def from_export(cls, path: str | Path, folder: str | Path) -> "Run":
+        """Make a run of an index alone, from a Neuronpedia export; see `run_folder.imported`.
+
+        Raises:
+            RunError: there is a run already. IndexingError: it is no such export.
+        """
+        path = run_folder.empty(Path(path))
+        run = cls(path, run_folder.imported(path, Path(folder)))
+        run.save_config()
+        return run
+
+    @cached_property
+    def _loaded(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+        from saesteer.core.model import load_model
+
+        if self._model_of is not None:
+            return self._model_of._loaded
+        about = self.config.model
+        return load_model(
+            about.id,
+            revision=about.revision,
+            device=about.device,
+            dtype=about.dtype,
+            trust_remote_code=about.trust_remote_code,
+        )
+
+    @property
+    def model(self) -> "PreTrainedModel":
+        """The language model, as Hugging Face loads it."""
+        return self._loaded[0]
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """Its tokenizer."""
+        return self._loaded[1]
+
+    @property
+    def hook_point(self) -> "HookPoint":
+        """Where the SAE reads and writes."""
+        from saesteer.core.model import HookPoint
+
+        return HookPoint.parse(self.config.cache.hook_point)
+
+    @cached_property
+    def sae(self) -> "Sae":
+        """The SAE, checked against the model.
+
+        Raises:
+            SaeError: there is none yet, or it belongs to another model.
+        """
+        from saesteer.core.sae import load_sae
+        from saesteer.core.sae_fits import check_fits
+
+        if not (self.path / "sae").is_dir():
+            raise SaeError(f"{self.path} has no SAE yet; run `saesteer train {self.path}`")
+        sae = load_sae(self.path / "sae")
+        check_fits(sae, self.model, self.hook_point, model_id=self.config.model.id)
+        return sae.to(self.model.device)
+
+    @cached_property
+    def index(self) -> "Index":
+        """The feature index; see `run_folder.open_index`."""
+        return run_folder.open_index(self.path)
+
+    @cached_property
+    def shards(self) -> "Shards":
+        """The cached activations.
+
+        Raises:
+            CacheError: there are none yet, or they are damaged.
+        """
+        from saesteer.core.shards import Shards
+
+        return Shards(self.path / "activations")
+
+    def refresh(self) -> None:
+        """Forget what was read from the folder; the next use reads it again."""
+        for name in ("shards", "sae", "index"):
+            self.__dict__.pop(name, None)
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Token ids that are not text: BOS, EOS, padding and the like."""
+        from saesteer.core.model import special_token_ids
+
+        return special_token_ids(self.model, self.tokenizer)
+
+    def search(
+        self, query: str, limit: int = 10, *, sort: Literal["match", "effect"] = "match"
+    ) -> "list[Hit]":
+        """Features by keyword, best first; see `run_search.search`."""
+        return run_search.search(self, query, limit, sort)
+
+    def like(self, text: str, limit: int = 10) -> "list[Hit]":
+        """Features that fire on a text more than elsewhere; see `run_search.like`."""
+        return run_search.like(self, text, limit)
+
+    def contrast(
+        self, positive: Sequence[str], negative: Sequence[str], limit: int = 10
+    ) -> "list[Hit]":
+        """Features that tell two sets of texts apart; see `run_search.contrast`."""
+        return run_search.contrast(self, positive, negative, limit)
+
+    def near(self, feature: int, limit: int = 10) -> "list[Hit]":
+        """Features whose decoder is alike, or that fire with it; see `run_search.near`."""
+        return run_search.near(self, feature, limit)
+
+    def read(self, text: str, top: int = 5) -> "list[TokenReading]":
+        """What fires on each token of a text; see `run_search.read`."""
+        return run_search.read(self, text, top)
 
     def edits(
         self,

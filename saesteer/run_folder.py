@@ -1,220 +1,128 @@
-"""What a run folder holds, opened part by part. `saesteer.run` says what is where in it."""
+"""What a run folder is made from, and what in it must fit together. `saesteer.run` opens it."""
 
 import dataclasses
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from saesteer import config as configuration
 from saesteer.config import Config
-from saesteer.errors import ConfigError, IndexingError, RunError, SaeError
+from saesteer.core.files import stamp
+from saesteer.errors import ConfigError, IndexingError, RunError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from saesteer.core.model import HookPoint
     from saesteer.core.sae import Sae
-    from saesteer.core.shards import Shards
     from saesteer.features.search import Index
 
 
-class RunFolder:
-    """The folder of a run: its model, SAE, index and activations, each loaded when it is needed.
+def opened(path: Path, *, device: str | None, dtype: str | None) -> Config:
+    """The configuration of a run that exists; `device` and `dtype` override it.
 
-    model_of: another run, whose model and tokenizer this one uses; None: it loads its own.
+    Raises:
+        RunError: there is no run at `path`.
+        ConfigError: its config.toml is damaged.
     """
-
-    def __init__(self, path: Path, config: Config, *, model_of: "RunFolder | None" = None):
-        self.path = path
-        self.config = config
-        self._model_of = model_of
-
-    @classmethod
-    def open(cls, path: str | Path, *, device: str | None = None, dtype: str | None = None) -> Self:
-        """Open a run folder that exists; `device` and `dtype` override its configuration.
-
-        Raises:
-            RunError: there is no run at `path`.
-            ConfigError: its config.toml is damaged.
-        """
-        path = Path(path)
-        if not (path / "config.toml").is_file():
-            raise RunError(
-                f"no run at {path} (it has no config.toml); make one with "
-                f"`saesteer train FILE.toml` or `saesteer new {path} --sae … --model …`"
-            )
-        config = configuration.read(path / "config.toml")
-        model = dataclasses.replace(
-            config.model, device=device or config.model.device, dtype=dtype or config.model.dtype
+    if not (path / "config.toml").is_file():
+        raise RunError(
+            f"no run at {path} (it has no config.toml); make one with "
+            f"`saesteer train FILE.toml` or `saesteer new {path} --sae … --model …`"
         )
-        return cls(path, dataclasses.replace(config, model=model))
+    config = configuration.read(path / "config.toml")
+    model = dataclasses.replace(
+        config.model, device=device or config.model.device, dtype=dtype or config.model.dtype
+    )
+    return dataclasses.replace(config, model=model)
 
-    @classmethod
-    def create(cls, config: Config) -> Self:
-        """Make a run folder for a configuration, or open the one that is there with it.
 
-        Raises:
-            ConfigError: the configuration names no run folder, text or hook point, a figure in it
-                is out of range, or the folder holds an SAE that someone else trained.
-            RunError: the folder cannot be written.
-        """
-        for value, name in (
-            (config.run, "run"),
-            (config.text.source, "text.source"),
-            (config.cache.hook_point, "cache.hook_point"),
-        ):
-            if not value:
-                raise ConfigError(f"the configuration lacks {name}; see configs/ for examples")
-        configuration.check_ranges(config)
-        path = Path(config.run)
-        if (path / "config.toml").exists():
-            before = configuration.read(path / "config.toml")
-            if before.sae.source is not None:
-                raise ConfigError(
-                    f"{path} holds an SAE that someone else trained; train into another folder"
-                )
-        else:
-            configuration.write(path / "config.toml", config)
-        return cls(path, config)
+def created(config: Config) -> Path:
+    """The run folder of a configuration, made where it isn't there.
 
-    def save_config(self) -> None:
-        """Keep the configuration that made what is now in the folder.
-
-        `create` leaves an older one as it is: a stage that is refused must not change the run.
-        """
-        configuration.write(self.path / "config.toml", self.config)
-
-    @classmethod
-    def from_sae(
-        cls,
-        path: str | Path,
-        sae: str,
-        model: str,
-        *,
-        revision: str | None = None,
-        force: bool = False,
-    ) -> Self:
-        """Make a run from an SAE that someone else trained; a copy of it is kept in the run.
-
-        Args:
-            sae: SAELens "release/id", a Hub repository, or a folder (SAELens or sparsify format).
-            model: Hugging Face id or folder of the model that it was trained on.
-            force: take it although it names another model.
-
-        Raises:
-            RunError: there is a run already.
-            SaeError: the SAE cannot be read, or does not belong to this model.
-        """
-        from saesteer.core.sae import load_sae
-        from saesteer.core.sae_fits import check_fits
-
-        path = Path(path)
-        if (path / "config.toml").exists():
-            raise RunError(f"{path} is a run already; choose another folder, or remove it")
-        loaded = load_sae(sae)
-        config = Config(
-            run=str(path),
-            model=configuration.ModelConfig(id=model, revision=revision),
-            cache=configuration.CacheConfig(
-                hook_point=str(loaded.hook_point), context_size=loaded.context_size or 128
-            ),
-            sae=configuration.SaeConfig(
-                source=sae,
-                architecture=loaded.architecture,
-                d_sae=loaded.d_sae,
-                k=loaded.k or 0,
-            ),
-        )
-        run = cls(path, config)
-        check_fits(loaded, run.model, loaded.hook_point, model_id=model, force=force)
-        if force:  # from now on it belongs to this model
-            loaded = dataclasses.replace(loaded, model_id=model)
-        loaded.save(path / "sae")
+    Raises:
+        ConfigError: the configuration names no run folder, text or hook point, a figure in it is
+            out of range, or the folder holds an SAE that someone else trained.
+        RunError: the folder cannot be written.
+    """
+    for value, name in (
+        (config.run, "run"),
+        (config.text.source, "text.source"),
+        (config.cache.hook_point, "cache.hook_point"),
+    ):
+        if not value:
+            raise ConfigError(f"the configuration lacks {name}; see configs/ for examples")
+    configuration.check_ranges(config)
+    path = Path(config.run)
+    if not (path / "config.toml").exists():
         configuration.write(path / "config.toml", config)
-        return run
-
-    @cached_property
-    def _loaded(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-        from saesteer.core.model import load_model
-
-        if self._model_of is not None:
-            return self._model_of._loaded
-        about = self.config.model
-        return load_model(
-            about.id,
-            revision=about.revision,
-            device=about.device,
-            dtype=about.dtype,
-            trust_remote_code=about.trust_remote_code,
+    elif configuration.read(path / "config.toml").sae.source is not None:
+        raise ConfigError(
+            f"{path} holds an SAE that someone else trained; train into another folder"
         )
+    return path
 
-    @property
-    def model(self) -> "PreTrainedModel":
-        """The language model, as Hugging Face loads it."""
-        return self._loaded[0]
 
-    @property
-    def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """Its tokenizer."""
-        return self._loaded[1]
+def empty(path: Path) -> Path:
+    """A path where there is no run. RunError where there is one."""
+    if (path / "config.toml").exists():
+        raise RunError(f"{path} is a run already; choose another folder, or remove it")
+    return path
 
-    @property
-    def hook_point(self) -> "HookPoint":
-        """Where the SAE reads and writes."""
-        from saesteer.core.model import HookPoint
 
-        return HookPoint.parse(self.config.cache.hook_point)
+def borrowed(path: Path, sae: "Sae", source: str, model: str, revision: str | None) -> Config:
+    """The configuration of a run around an SAE that someone else trained."""
+    return Config(
+        run=str(path),
+        model=configuration.ModelConfig(id=model, revision=revision),
+        cache=configuration.CacheConfig(
+            hook_point=str(sae.hook_point), context_size=sae.context_size or 128
+        ),
+        sae=configuration.SaeConfig(
+            source=source, architecture=sae.architecture, d_sae=sae.d_sae, k=sae.k or 0
+        ),
+    )
 
-    @cached_property
-    def sae(self) -> "Sae":
-        """The SAE, checked against the model.
 
-        Raises:
-            SaeError: there is none yet, or it belongs to another model.
-        """
-        from saesteer.core.sae import load_sae
-        from saesteer.core.sae_fits import check_fits
+def imported(path: Path, export: Path) -> Config:
+    """Make a feature index of a Neuronpedia export; the configuration of a run around it.
 
-        if not (self.path / "sae").is_dir():
-            raise SaeError(f"{self.path} has no SAE yet; run `saesteer train {self.path}`")
-        sae = load_sae(self.path / "sae")
-        check_fits(sae, self.model, self.hook_point, model_id=self.config.model.id)
-        return sae.to(self.model.device)
+    Raises:
+        IndexingError: it is no such export.
+    """
+    from saesteer.features import neuronpedia_import
 
-    @cached_property
-    def index(self) -> "Index":
-        """The feature index.
+    path.mkdir(parents=True, exist_ok=True)
+    neuronpedia_import.load(export, path / "features.sqlite")
+    config = Config(run=str(path))
+    model = open_index(path).meta.get("model_id") or ""
+    return dataclasses.replace(config, model=configuration.ModelConfig(id=model))
 
-        Raises:
-            IndexingError: there is none yet, or it is damaged.
-        """
-        from saesteer.features.search import Index
 
-        if not (self.path / "features.sqlite").exists():
-            raise IndexingError(
-                f"{self.path} has no feature index; run `saesteer index {self.path}`"
-            )
-        return Index.open(self.path / "features.sqlite")
+def open_index(path: Path) -> "Index":
+    """The feature index of a run.
 
-    @cached_property
-    def shards(self) -> "Shards":
-        """The cached activations.
+    Raises:
+        IndexingError: there is none yet, it is damaged, or was made of another SAE than the one in
+            the folder.
+    """
+    from saesteer.features.search import Index
 
-        Raises:
-            CacheError: there are none yet, or they are damaged.
-        """
-        from saesteer.core.shards import Shards
+    if not (path / "features.sqlite").exists():
+        raise IndexingError(f"{path} has no feature index; run `saesteer index {path}`")
+    index = Index.open(path / "features.sqlite")
+    # Neither an index of 0.1.0 nor one made from another program's export has a stamp.
+    made_for = index.meta.get("sae_stamp")
+    if made_for and (path / "sae").is_dir() and made_for != sae_stamp(path):
+        index.close()
+        raise IndexingError(
+            f"the index {index.path} was made for another SAE (stamp {made_for[:12]}) than the "
+            f"one in {path / 'sae'} (stamp {sae_stamp(path)[:12]}); run `saesteer index {path}` "
+            "again"
+        )
+    return index
 
-        return Shards(self.path / "activations")
 
-    def refresh(self) -> None:
-        """Forget what was read from the folder; the next use reads it again."""
-        for name in ("shards", "sae", "index"):
-            self.__dict__.pop(name, None)
+def sae_stamp(path: Path) -> str:
+    """What tells the SAE in a run from another, without loading it: see `files.stamp`.
 
-    @property
-    def special_ids(self) -> frozenset[int]:
-        """Token ids that are not text: BOS, EOS, padding and the like."""
-        from saesteer.core.model import special_token_ids
-
-        return special_token_ids(self.model, self.tokenizer)
+    Raises:
+        RunError: a file of it is missing.
+    """
+    return stamp(path / "sae" / name for name in ("cfg.json", "sae_weights.safetensors"))

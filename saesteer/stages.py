@@ -1,28 +1,34 @@
 """The stages that fill a run, each resting on the ones before: cache, train, evaluate, index."""
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+import shutil
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from saesteer.config import Config
+from saesteer import run_folder
 from saesteer.core.blocks import d_model, site_module
-from saesteer.core.files import write_json
+from saesteer.core.files import alone, write_json
 from saesteer.core.model import EMBEDDED, HookPoint, fingerprint
-from saesteer.core.shards import ContextBatch, Shards
+from saesteer.core.shards import Shards
 from saesteer.directions import Direction, mean_difference
 from saesteer.directions.pairs import read_pairs
 from saesteer.effects import planted_recovery
-from saesteer.errors import CacheError, ConfigError
-from saesteer.features.build import build_index
+from saesteer.errors import ConfigError
+from saesteer.features.build import vocab_size, write_index
+from saesteer.features.checkpoint import Checkpoint, gathered
+from saesteer.features.collect import collect
 from saesteer.features.search import Index
+from saesteer.features.statistics import Statistics
 from saesteer.run import Run
+from saesteer.run_text import batches, check_context_size, has_cache, named_source, text_source
 from saesteer.training import cache as caching
 from saesteer.training import evaluate as evaluation
 from saesteer.training import packing, rows
 from saesteer.training import text as reading
+from saesteer.training.cache_fill import on_every
 from saesteer.training.ranks import ALONE, Ranks
 
 
@@ -83,13 +89,7 @@ def check_points(run: Run, points: Sequence[HookPoint]) -> None:
     """
     for point in points:
         site_module(run.model, point)
-    _check_context_size(run, run.config.cache.context_size)
-
-
-def live_held_out(config: Config) -> int:
-    """Contexts held out, the text's first, where activations come straight from the model."""
-    contexts = config.cache.tokens // config.cache.context_size
-    return min(512, max(1, math.ceil(config.cache.held_out * contexts)))
+    check_context_size(run, run.config.cache.context_size)
 
 
 def evaluate(
@@ -109,13 +109,13 @@ def evaluate(
         SaeError: no SAE. CacheError, TextError: nothing to measure it on.
     """
     sae, training = run.sae, None
-    if _has_cache(run):
+    if has_cache(run):
         first = rows.first_held_out(run.shards.n_contexts, run.config.cache.held_out)
         training = run.shards.contexts(0, min(first, math.ceil(tokens / run.shards.context_size)))
     figures = evaluation.evaluate(
         run.model,
         sae,
-        list(_batches(run, text, tokens, held_out=True)),
+        list(batches(run, text, tokens, held_out=True)),
         special_ids=run.special_ids,
         training=training,
         seed=seed,
@@ -127,23 +127,101 @@ def evaluate(
     return figures
 
 
-def index(run: Run, *, text: str | None = None, tokens: int = 1_000_000) -> Index:
+def index(
+    run: Run,
+    *,
+    text: str | None = None,
+    tokens: int = 1_000_000,
+    top: int = 20,
+    neighbours: int = 10,
+    restart: bool = False,
+    ranks: Ranks = ALONE,
+) -> Index:
     """Describe every feature from the cached activations, or from `text`.
 
+    What was counted is kept in features.partial/ from time to time, and the same call goes on from
+    there.
+
+    Args:
+        top: strongest examples kept a feature, each from another document.
+        neighbours: nearest decoder rows kept a feature; 0 where looking for them takes too long.
+        restart: begin anew where an unfinished index of something else was left.
+        ranks: the processes that share the text; all must call this, and the first one writes.
+
     Raises:
-        SaeError: no SAE. CacheError, TextError: nothing to index.
+        SaeError: no SAE. CacheError, TextError: nothing to index. IndexingError: an unfinished
+        index of something else, and not `restart`. RunError: another process is at it.
     """
-    cached = text is None and _has_cache(run)
+    for value, least, name in (
+        (tokens, 1, "tokens"),
+        (top, 1, "top"),
+        (neighbours, 0, "neighbours"),
+    ):
+        if value < least:
+            raise ConfigError(f"{name} is {value}; expected {least} or more")
+    cached = text is None and has_cache(run)
     n_tokens = run.shards.n_tokens if cached else tokens
-    build_index(
-        run.path / "features.sqlite",
-        _batches(run, text, n_tokens, held_out=False),
-        run.model,
-        run.tokenizer,
-        run.sae,
-        n_tokens=n_tokens,
-        made_from={"text": text or run.config.text.source},
-    )
+    if cached:
+        size, source = run.shards.context_size, run.config.text.source
+        read_from = run.shards.manifest["made_from"]
+    else:
+        size, source = run.config.cache.context_size, named_source(run, text)
+        read_from = reading.fingerprint(**text_source(run, source))
+    made_from = {
+        "sae_hash": run.sae.hash,
+        "text": read_from,
+        "context_size": size,
+        "tokens": n_tokens,
+        "ranks": ranks.size,
+    }
+    folder = run.path / "features.partial"
+    passes = [
+        Checkpoint(folder / f"rank-{rank}" / "pass.npz", {**made_from, "rank": rank})
+        for rank in range(ranks.size)
+    ]
+    own = passes[ranks.rank]
+    with alone(own.path.parent):
+        collected: list[Statistics] = []
+
+        def collect_share() -> None:
+            if restart:
+                own.path.unlink(missing_ok=True)
+            before = own.load()
+            first = before.next_context if before else 0
+            share = collect(
+                batches(run, text, n_tokens, held_out=False, first=first, ranks=ranks),
+                run.sae,
+                special_ids=run.special_ids,
+                vocab_size=vocab_size(run.model, run.tokenizer),
+                top_contexts=top,
+                n_tokens=n_tokens // ranks.size,
+                checkpoint=own,
+            )
+            if ranks.size == 1:
+                collected.append(share)
+
+        def write() -> None:
+            if not ranks.first:
+                return
+            kept = write_index(
+                run.path / "features.sqlite",
+                collected.pop() if collected else gathered(passes),
+                run.model,
+                run.tokenizer,
+                run.sae,
+                neighbours=neighbours,
+                made_from={"text": source, "sae_stamp": run_folder.sae_stamp(run.path)},
+            )
+            if kept is not None:
+                warnings.warn(
+                    f"what was noted in the index before is of another SAE, or can't be read; it "
+                    f"was put into {kept}",
+                    stacklevel=2,
+                )
+            shutil.rmtree(folder)
+
+        on_every(ranks, collect_share)
+        on_every(ranks, write)
     run.refresh()
     return run.index
 
@@ -161,62 +239,3 @@ def fit_vector(
     direction = mean_difference.fit(run.model, run.tokenizer, read_pairs(pairs), place, read=read)
     direction.save(path)
     return direction, path
-
-
-def _has_cache(run: Run) -> bool:
-    # A live run holds out other contexts: a cache from before holds what it was trained on.
-    return not run.config.rows.live and (run.path / "activations" / "manifest.json").exists()
-
-
-def text_source(run: Run, source: str | None = None) -> dict[str, str]:
-    """The arguments of `training.text.documents` for the run's text, or for another source."""
-    about = run.config.text
-    return {
-        "source": source or about.source,
-        "column": about.column,
-        "split": about.split,
-        "separator": about.document_separator,
-    }
-
-
-def _check_context_size(run: Run, size: int) -> None:
-    room = getattr(run.model.config, "max_position_embeddings", None)
-    if room is not None and size > room:
-        raise ConfigError(
-            f"a context of {size} tokens does not fit into the model's {room} positions; "
-            f"set cache.context_size to {room} or less"
-        )
-
-
-def _batches(run: Run, text: str | None, tokens: int, *, held_out: bool) -> Iterator[ContextBatch]:
-    """Contexts with activations: from the cache, or from `text` straight through the model."""
-    if text is None and _has_cache(run):
-        shards = run.shards
-        shards.verify()
-        first = 0
-        if held_out:
-            first = rows.first_evaluated(shards.n_contexts, run.config.cache.held_out)
-        most = math.ceil(tokens / shards.context_size)
-        yield from shards.contexts(first, first + most)
-        return
-    skip = 0
-    if text is None and held_out and run.config.rows.live:
-        n_held_out = live_held_out(run.config)
-        skip = n_held_out // 2  # on these the threshold was calibrated
-        tokens = min(tokens, (n_held_out - skip) * run.config.cache.context_size)
-    source = text or run.config.text.source
-    if not source:
-        raise CacheError(
-            f"{run.path} has no cached activations; give text to read with --text FILE"
-        )
-    size = run.config.cache.context_size
-    _check_context_size(run, size)
-    contexts = packing.pack(
-        reading.documents(**text_source(run, source)),
-        run.tokenizer,
-        size,
-        prepend_bos=run.sae.prepend_bos,
-        n_contexts=skip + max(1, tokens // size),
-    )
-    contexts = itertools.islice(contexts, skip, None)
-    yield from caching.activation_batches(run.model, contexts, run.sae.hook_point)

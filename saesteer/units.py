@@ -15,10 +15,32 @@ if TYPE_CHECKING:
 
     from saesteer.core.model import HookPoint
     from saesteer.core.shards import Shards
+    from saesteer.features.search import Index
     from saesteer.run import Run
 
 # Contexts of neutral text on which a KL is measured.
 CONTEXTS = 16
+
+
+def checked(run: "Run") -> "Index":
+    """The index, checked against the SAE and the model that it is to be used with.
+
+    Raises:
+        IndexingError: there is none, or it was made of another SAE or model.
+    """
+    from saesteer.core.model import fingerprint
+
+    meta = run.index.meta
+    for key, what, ours in (
+        ("sae_hash", "SAE", run.sae.hash),
+        ("model_fingerprint", "model", fingerprint(run.model)),
+    ):
+        if meta.get(key) != ours:  # its figures would mean nothing here
+            raise IndexingError(
+                f"the index of {run.path} was made for another {what} ({meta.get(key)}) than the "
+                f"run's ({ours}); run `saesteer index {run.path}` again"
+            )
+    return run.index
 
 
 def of_feature(run: "Run", feature: int, value: str | float) -> float:
@@ -26,19 +48,13 @@ def of_feature(run: "Run", feature: int, value: str | float) -> float:
 
     Raises:
         FeatureError: no such feature, or a strength that is none.
-        IndexingError: "8x" without an index, or with one that another SAE made.
+        IndexingError: "8x" without an index, or with one of another SAE or model.
     """
     from saesteer.features.search import strength
 
     if not (isinstance(value, str) and value.strip().lower().endswith("x")):
         return strength(value, None, feature=feature)
-    made_for = run.index.meta.get("sae_hash")
-    if made_for != run.sae.hash:  # its max_act would mean nothing here
-        raise IndexingError(
-            f"the index of {run.path} was made for another SAE ({made_for}) than the one it "
-            f"holds ({run.sae.hash}); run `saesteer index {run.path}` again"
-        )
-    return run.index.strength(feature, value)
+    return checked(run).strength(feature, value)
 
 
 def added(

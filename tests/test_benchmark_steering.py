@@ -166,10 +166,11 @@ def test_a_peer_that_cannot_be_had_is_told_with_its_reason(
     apart: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     gone = importlib.import_module("peers.apart").NotInstalledError
-    monkeypatch.setattr(apart, "INSTALLED", tmp_path)
+    venvs = importlib.import_module("peers.venvs")
+    monkeypatch.setattr(venvs, "INSTALLED", tmp_path)
     with pytest.raises(gone, match="not installed"):
         apart.python_of("repeng", install=False)
-    monkeypatch.setattr(apart, "_run", _refused)
+    monkeypatch.setattr(venvs, "_run", _refused)
     with pytest.raises(gone, match="no such package"):
         apart.python_of("repeng")
     with pytest.raises(gone, match="it doesn't start"):

@@ -8,64 +8,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from saesteer.core.model import HookPoint, fingerprint, unembedding
-from saesteer.core.sae import Sae
-from saesteer.core.shards import ContextBatch
-from saesteer.errors import IndexingError
+from saesteer.core.model import fingerprint
 from saesteer.features import view
-from saesteer.features.build import build_index, entries
+from saesteer.features.build import build_index, write_index
 from saesteer.features.collect import collect
 from saesteer.features.labels import NEVER
 from saesteer.features.search import Index
 from saesteer.features.weights import logit_lens
-from tests.tiny import BOS, VOCAB, WIDTH, tiny_model, tiny_tokenizer
-
-TOKENIZER = tiny_tokenizer()
-SEA_WORDS = ["sea", "wave", "fish", "boat", "sail", "harbour"]
-LAND_WORDS = ["tree", "garden", "bird", "road", "hill", "stone"]
-COMMON = ["the", "a", "saw", "liked", "."]
-SEA, BOAT, THE, DEAD, LAND = range(5)
-
-
-def word_id(word: str) -> int:
-    return int(TOKENIZER.convert_tokens_to_ids(word))
-
-
-# Each word has a coordinate of its own in the stream.
-AXES = {word_id(word): i for i, word in enumerate(SEA_WORDS + LAND_WORDS + COMMON)}
-
-
-def an_sae() -> Sae:
-    """Features that fire on the sea's words, on "boat", on "the", on nothing, on the land's."""
-    encoder = torch.zeros(WIDTH, 5)
-    for feature, words in enumerate([SEA_WORDS, ["boat"], ["the"], [], LAND_WORDS]):
-        for word in words:
-            encoder[AXES[word_id(word)], feature] = 1.0
-    model = tiny_model("llama")
-    decoder = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(0))
-    decoder[SEA] = unembedding(model)[word_id("anchor")] * 100
-    bias, centre = torch.full((5,), -0.5), torch.zeros(WIDTH)
-    return Sae(encoder, bias, decoder, centre, "standard", HookPoint(1, "resid_post"), "tiny")
-
-
-def some_batches(n: int = 40) -> list[ContextBatch]:
-    """Contexts of one document each: about the sea, or about the land."""
-    rng = np.random.default_rng(0)
-    tokens = np.zeros((n, 24), np.int32)
-    for i in range(n):
-        own = SEA_WORDS if i % 2 else LAND_WORDS
-        words = [rng.choice(own if rng.random() < 0.4 else COMMON) for _ in range(23)]
-        tokens[i] = [BOS, *map(word_id, words)]
-    documents = np.repeat(np.arange(n, dtype=np.int32)[:, None], 24, axis=1)
-    documents[:, 0] = -1
-    x = torch.zeros(n, 24, WIDTH)
-    for token, axis in AXES.items():
-        x[..., axis] = torch.from_numpy(tokens == token) * (1 + torch.rand(n, 24))
-    x[:, 0] = 50.0
-    cuts = [slice(i, i + 8) for i in range(0, n, 8)]
-    return [ContextBatch(tokens[c], documents[c], x[c], c.start) for c in cuts]
+from tests.sea_and_land import (
+    BOAT,
+    DEAD,
+    LAND,
+    SEA,
+    SEA_WORDS,
+    THE,
+    TOKENIZER,
+    an_sae,
+    some_batches,
+    word_id,
+)
+from tests.tiny import BOS, VOCAB, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -143,11 +106,17 @@ def test_promoted_tokens_are_the_lens(index: Index) -> None:
     assert not any("<" in text for i in range(5) for text, _ in index.feature(i).promotes)
 
 
-def test_statistics_of_another_sae_are_refused() -> None:
-    found = collect(some_batches(), an_sae(), special_ids=[BOS], vocab_size=VOCAB)
-    lens = logit_lens(tiny_model("llama"), torch.ones(3, WIDTH))
-    with pytest.raises(IndexingError, match="3 features and statistics of 5"):
-        list(entries(found, lens, TOKENIZER))
+def test_merged_statistics_make_the_same_index(index: Index, tmp_path: Path) -> None:
+    parts = [
+        collect(batches, an_sae(), special_ids=[0, 1, 2, 3], vocab_size=VOCAB)
+        for batches in (some_batches()[:2], some_batches()[2:])
+    ]
+    path = tmp_path / "merged.sqlite"
+    merged = parts[0].merge(parts[1])
+    assert write_index(path, merged, tiny_model("llama"), TOKENIZER, an_sae()) is None
+    with Index.open(path) as other:
+        for i in range(5):
+            assert other.feature(i) == index.feature(i)
 
 
 def plain(text: str) -> str:
@@ -200,12 +169,12 @@ def test_control_characters_never_reach_the_terminal(index: Index) -> None:
 def test_pieces_of_a_real_tokenizer(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    from saesteer.features.words import Pieces, word_at
+    from saesteer.features.words import Pieces, words_in
 
     tokenizer = AutoTokenizer.from_pretrained(os.environ["SAESTEER_TEST_MODEL"])
     text = 'Once upon a time, a grasshopper saw an umbrella. "Don\'t!" said the café owner.'
     ids = tokenizer.encode(text, add_special_tokens=False)
     pieces = Pieces(tokenizer).window(ids)
     assert "".join(pieces).strip() == text
-    words = {word_at(pieces, i) for i in range(len(pieces))}
+    words = set(words_in(pieces))
     assert {"grasshopper", "umbrella", "Don't", "café", "Once"} <= words

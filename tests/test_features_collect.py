@@ -1,19 +1,22 @@
 """The one pass that collects what features fire on, against loops written out by hand."""
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from saesteer.core.model import HookPoint
 from saesteer.core.sae import Codes, Sae
 from saesteer.core.shards import ContextBatch
 from saesteer.errors import IndexingError
 from saesteer.features import collect as module
+from saesteer.features.checkpoint import arrays
 from saesteer.features.collect import Statistics, collect
-from saesteer.features.examples import NO_TOKEN
-from saesteer.features.tally import TokenTally
+from saesteer.features.examples import NO_TOKEN, Rows
+from saesteer.features.sample import firing_keys, token_keys
+from saesteer.features.statistics import PLACES
+from saesteer.features.tally import UNIT
 
 VOCAB, D, D_SAE, LENGTH = 23, 6, 40, 12
 SPECIAL = (0, 1)
@@ -65,11 +68,21 @@ def dense(batches: list[ContextBatch], sae: Sae) -> tuple[np.ndarray, ...]:
     return tokens, documents, codes
 
 
+def assert_same(one: Statistics, other: Statistics) -> None:
+    """That every number of both is the same."""
+    assert one.settings == other.settings
+    assert (one.n_tokens, one.n_contexts) == (other.n_tokens, other.n_contexts)
+    theirs = {path: getattr(part, name) for path, part, name in arrays(other)}
+    for path, part, name in arrays(one):
+        np.testing.assert_array_equal(getattr(part, name), theirs[path], err_msg=path)
+
+
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many blocks also for a short stream."""
     monkeypatch.setattr(module, "_FIRST_BLOCK", 50)
     monkeypatch.setattr(module, "_LARGEST_BLOCK", 200)
+    monkeypatch.setattr(module, "_A_FEATURE", 0)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -80,54 +93,127 @@ def test_numbers_equal_those_of_a_dense_code() -> None:
     counted = ~np.isin(tokens, SPECIAL)
     assert found.n_tokens == counted.sum()
     np.testing.assert_array_equal(found.fired, (codes > 0).sum((0, 1)))
-    np.testing.assert_allclose(found.mass, codes.sum((0, 1)), rtol=1e-6)
+    units = np.rint(codes.astype(np.float64) / UNIT)
+    np.testing.assert_array_equal(found.mass, units.sum((0, 1)))
     np.testing.assert_array_equal(found.max_act, codes.max((0, 1)))
     np.testing.assert_allclose(found.density, (codes > 0)[counted].mean(0))
     mean = codes.sum((0, 1)) / np.maximum(1, (codes > 0).sum((0, 1)))
-    np.testing.assert_allclose(found.mean_act, mean, rtol=1e-6)
+    np.testing.assert_allclose(found.mean_act, mean, rtol=1e-5)
     np.testing.assert_array_equal(found.token_counts, np.bincount(tokens[counted], minlength=VOCAB))
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_tally_equals_a_loop() -> None:
+@pytest.mark.parametrize("following", [False, True])
+def test_tallies_equal_a_loop(following: bool) -> None:
     sae, batches = an_sae(), some_batches(20)
-    tally = collected(batches, sae).tally
-    tokens, _, codes = dense(batches, sae)
-    table = np.zeros((D_SAE, VOCAB))
-    counts = np.zeros((D_SAE, VOCAB), int)
+    found = collected(batches, sae)
+    tally = found.next_tally if following else found.tally
+    tokens, documents, codes = dense(batches, sae)
+    mass, counts = np.zeros((D_SAE, VOCAB), np.int64), np.zeros((D_SAE, VOCAB), np.int64)
     for c, s, f in np.argwhere(codes > 0):
-        table[f, tokens[c, s]] += codes[c, s, f]
-        counts[f, tokens[c, s]] += 1
+        at = s + following
+        if at < LENGTH and documents[c, at] == documents[c, s] and tokens[c, at] not in SPECIAL:
+            mass[f, tokens[c, at]] += round(float(codes[c, s, f]) / UNIT)
+            counts[f, tokens[c, at]] += 1
+    assert counts.sum() > 100
     assert (np.diff(tally.keys) > 0).all()
     np.testing.assert_array_equal(tally.keys, np.flatnonzero(counts))
     np.testing.assert_array_equal(tally.counts, counts.ravel()[tally.keys])
-    np.testing.assert_allclose(tally.mass, table.ravel()[tally.keys], rtol=1e-6)
+    np.testing.assert_array_equal(tally.mass, mass.ravel()[tally.keys])
+    np.testing.assert_array_equal(counts.sum(1), found.next_fired if following else found.fired)
+    np.testing.assert_array_equal(mass.sum(1), found.next_mass if following else found.mass)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_next_tokens_and_places_equal_a_loop() -> None:
+    sae, batches = an_sae(), some_batches(25)
+    found = collected(batches, sae)
+    tokens, documents, codes = dense(batches, sae)
+    next_counts, places = np.zeros(VOCAB, int), np.zeros((D_SAE + 1, PLACES), int)
+    for c, s in np.argwhere(~np.isin(tokens, SPECIAL)):
+        place = int(s).bit_length()
+        places[:-1, place] += codes[c, s] > 0
+        places[-1, place] += 1
+        if s + 1 < LENGTH and documents[c, s + 1] == documents[c, s]:
+            next_counts[tokens[c, s + 1]] += tokens[c, s + 1] not in SPECIAL
+    np.testing.assert_array_equal(found.next_counts, next_counts)
+    np.testing.assert_array_equal(found.positions, places[:-1])
+    np.testing.assert_array_equal(found.position_counts, places[-1])
+    assert found.n_contexts == 25
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_histograms_equal_a_dense_code() -> None:
+    sae, batches = an_sae(), some_batches(30)
+    found = collected(batches, sae)
+    codes = dense(batches, sae)[2]
+    edges = found.histograms.edges(np.arange(D_SAE))
+    for f in range(D_SAE):
+        values = codes[..., f][codes[..., f] > 0]
+        highest = values.max(initial=0)
+        assert edges[f, -1] / 2 <= highest < edges[f, -1] or len(values) == 0 == edges[f, -1]
+        if len(values):
+            expected = np.histogram(values, edges[f])[0]
+            np.testing.assert_array_equal(found.histograms.counts[f], expected)
+
+
+def assert_window(rows: Rows, f: int, j: int, text: tuple[np.ndarray, ...], before: int) -> None:
+    """That example j of feature f shows the text around it and what the feature does there."""
+    tokens, documents, codes = text
+    c, s = rows.contexts[f, j], rows.positions[f, j]
+    document = documents[c, s]
+    assert rows.documents[f, j] == document
+    size = rows.tokens.shape[-1]
+    near = np.arange(s - before, s - before + size)
+    inside = (near >= 0) & (near < LENGTH)
+    near = near.clip(0, LENGTH - 1)
+    inside &= documents[c, near] == document
+    np.testing.assert_array_equal(rows.tokens[f, j], np.where(inside, tokens[c, near], NO_TOKEN))
+    true = np.where(inside, codes[c, near, f], 0)
+    shown = rows.activations[f, j]
+    assert shown[before] == rows.values[f, j] == true[before] > 0
+    np.testing.assert_array_equal(shown > 0, true > 0)
+    assert np.abs(shown - true).max() <= true.max() / 255 * (1 + 1e-5)
 
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("n", [1, 3, 20])
 def test_examples_are_the_best_token_of_each_document(n: int) -> None:
     sae, batches = an_sae(), some_batches(30)
-    examples = collected(batches, sae, top_contexts=n, before=3, after=2).examples
-    tokens, documents, codes = dense(batches, sae)
+    found = collected(batches, sae, top_contexts=n, before=3, after=2)
+    rows = found.examples.rows(np.arange(D_SAE))
+    text = dense(batches, sae)
+    _, documents, codes = text
     for f in range(D_SAE):
         best: dict[int, tuple[float, int, int]] = {}
         for c, s in np.argwhere(codes[..., f] > 0):
             document = int(documents[c, s])
             entry = (-float(codes[c, s, f]), int(c), int(s))
             best[document] = min(best.get(document, entry), entry)
-        expected = sorted((entry, document) for document, entry in best.items())[:n]
-        filled = len(expected)
-        assert (examples.values[f, filled:] == 0).all()
-        for j, ((value, c, s), document) in enumerate(expected):
-            assert examples.values[f, j] == -value
-            assert examples.documents[f, j] == document
-            assert (examples.contexts[f, j], examples.positions[f, j]) == (c, s)
-            for w, position in enumerate(range(s - 3, s + 3)):
-                inside = 0 <= position < LENGTH and documents[c, position] == document
-                assert examples.tokens[f, j, w] == (tokens[c, position] if inside else NO_TOKEN)
-                expected_act = codes[c, position, f] if inside else 0
-                assert examples.activations[f, j, w] == expected_act
+        expected = sorted(best.values())[:n]
+        kept = list(zip(-rows.values[f], rows.contexts[f], rows.positions[f], strict=True))
+        assert kept[: len(expected)] == expected
+        assert kept[len(expected) :] == [(0, -1, -1)] * (n - len(expected))
+        assert (rows.tokens[f, len(expected) :] == NO_TOKEN).all()
+        for j in range(len(expected)):
+            assert_window(rows, f, j, text, before=3)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_the_sample_is_drawn_by_hash() -> None:
+    sae, batches = an_sae(), some_batches(30)
+    found = collected(batches, sae, sampled=5, before=4, after=1)
+    rows = found.sample.rows(np.arange(D_SAE))
+    text = dense(batches, sae)
+    for f in range(D_SAE):
+        c, s = np.nonzero(text[2][..., f])
+        keys = firing_keys(token_keys(c, s), np.full(len(c), f))
+        chosen = np.argsort(keys)[:5]
+        expected = sorted(zip(-text[2][c[chosen], s[chosen], f], c[chosen], s[chosen], strict=True))
+        kept = list(zip(-rows.values[f], rows.contexts[f], rows.positions[f], strict=True))
+        assert kept[: len(expected)] == expected
+        for j in range(len(expected)):
+            assert_window(rows, f, j, text, before=4)
 
 
 def test_special_tokens_do_not_count() -> None:
@@ -139,37 +225,12 @@ def test_special_tokens_do_not_count() -> None:
     assert not np.isin(without.tally.keys % VOCAB, SPECIAL).any()
 
 
-@settings(max_examples=20, deadline=None)
-@given(
-    cuts=st.lists(st.integers(0, 10), min_size=2, max_size=2).map(sorted),
-    left_first=st.booleans(),
-    seed=st.integers(0, 5),
-)
-def test_merge_is_associative_and_equals_one_pass(
-    cuts: list[int], left_first: bool, seed: int
-) -> None:
-    sae, batches = an_sae(seed), some_batches(30, seed=seed)
-    parts = [batches[: cuts[0]], batches[cuts[0] : cuts[1]], batches[cuts[1] :]]
-    window = {"top_contexts": 4, "before": 2, "after": 2}
-    empty = Statistics.empty(D_SAE, VOCAB, top_contexts=4, window=module.Window(before=2, after=2))
-    a, b, c = (collected(part, sae, **window) if part else empty for part in parts)
-    merged = a.merge(b).merge(c) if left_first else a.merge(b.merge(c))
-    whole = collected(batches, sae, **window)
-    assert merged.n_tokens == whole.n_tokens
-    np.testing.assert_array_equal(merged.fired, whole.fired)
-    np.testing.assert_allclose(merged.mass, whole.mass)
-    np.testing.assert_array_equal(merged.tally.keys, whole.tally.keys)
-    np.testing.assert_array_equal(merged.tally.counts, whole.tally.counts)
-    for name, array in vars(whole.examples).items():
-        np.testing.assert_array_equal(getattr(merged.examples, name), array, err_msg=name)
-
-
 def test_merge_leaves_its_arguments_alone() -> None:
     sae, batches = an_sae(), some_batches(12)
     a, b = collected(batches[:2], sae), collected(batches[2:], sae)
-    before = a.examples.values.copy()
+    before = deepcopy(a)
     a.merge(b)
-    np.testing.assert_array_equal(a.examples.values, before)
+    assert_same(a, before)
 
 
 def test_contexts_of_different_lengths() -> None:
@@ -183,32 +244,7 @@ def test_contexts_of_different_lengths() -> None:
     for part in parts[1:]:
         merged = merged.merge(part)
     found = collected(batches, sae)
-    np.testing.assert_array_equal(found.fired, merged.fired)
-    np.testing.assert_array_equal(found.examples.values, merged.examples.values)
-    np.testing.assert_array_equal(found.examples.tokens, merged.examples.tokens)
-
-
-def test_pruning_keeps_the_heaviest_and_bounds_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saesteer.features.tally._PAIRS", 300)
-    monkeypatch.setattr("saesteer.features.tally._KEPT", 2)
-    vocab, d_sae = 1000, 10
-    rng = np.random.default_rng(0)
-    total = TokenTally.empty(d_sae, vocab)
-    for _ in range(20):
-        features = rng.integers(0, d_sae, 400)
-        # Half of the firings are on the feature's own token.
-        tokens = np.where(rng.random(400) < 0.5, features, rng.integers(0, vocab, 400))
-        part = TokenTally.of(
-            features, tokens, np.ones(400, np.float32), d_sae=d_sae, vocab_size=vocab
-        )
-        total = total.merge(part)
-        assert len(total.keys) <= 300
-        assert (np.diff(total.keys) > 0).all()
-    order, rank = total.heaviest_first()
-    np.testing.assert_array_equal(
-        total.keys[order[rank == 0]], np.arange(10) * vocab + np.arange(10)
-    )
-    assert total.counts[order[rank == 0]].sum() >= 0.45 * 20 * 400
+    assert_same(found, merged)
 
 
 class Silent:

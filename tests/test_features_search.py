@@ -1,10 +1,12 @@
-"""The index file and keyword search over it."""
+"""Keyword search over an index."""
 
-import sqlite3
+import json
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from saesteer.errors import FeatureError, IndexingError
-from saesteer.features import store
-from saesteer.features.rank import Firing, aboutness, rank
+from saesteer.features import notes, store
+from saesteer.features.rank import MOST_RAISED, aboutness, rank
+from saesteer.features.records import Entry, Example, Feature, Neighbour, TokenStat, WordStat
 from saesteer.features.search import Index, marked, strength
-from saesteer.features.store import Entry, Example, Feature, TokenStat, WordStat
 
 SEA = ["sea", "boat", "wave", "sail", "harbour", "anchor", "shell"]
 SEA += ["sailor", "fish", "net", "oar", "shore", "deck"]
@@ -95,12 +97,6 @@ def ids(index: Index, query: str, limit: int = 10) -> list[int]:
     return [hit.id for hit in index.search(query, limit)]
 
 
-def test_a_record_comes_back_as_it_was_written(index: Index) -> None:
-    for entry in ENTRIES:
-        assert index.feature(entry.feature.id) == entry.feature
-    assert index.meta == {"sae_hash": "abc", "n_tokens": 5000, "n_features": 10, "n_alive": 9}
-
-
 def test_the_concept_comes_first_then_the_word_then_mere_mentions(index: Index) -> None:
     found = ids(index, "boat")
     assert found[:2] == [0, 1]
@@ -145,10 +141,151 @@ def test_a_hit_says_what_and_why(index: Index) -> None:
     assert "examples" in index.search("near", 1)[0].why
 
 
+def test_hits_are_json(index: Index) -> None:
+    first = json.loads(json.dumps([asdict(hit) for hit in index.search("boat")]))[0]
+    assert (first["id"], first["source"], first["output_score"]) == (0, "evidence", None)
+
+
 def test_limits(index: Index) -> None:
     assert len(index.search("ocean", 3)) == 3
     assert index.search("ocean", 0) == []
     assert index.search("zzzz") == []
+
+
+def test_an_expression_decides_what_is_found(index: Index) -> None:
+    assert ids(index, "golden AND gate") == [7]
+    assert ids(index, "golden -gate") == [5]
+    assert ids(index, "golden NOT (gate OR boat)") == [5]
+    assert set(ids(index, "gate OR kitchen")) == {3, 6, 7}
+    assert ids(index, '"near a boat"') == [3]
+    assert ids(index, '"a near boat"') == []
+    assert ids(index, "kitch*") == [3]
+    assert set(ids(index, "golden (gate OR kitchen)")) == {7}
+
+
+def test_the_order_within_an_expression_is_that_of_its_words(index: Index) -> None:
+    assert ids(index, "boat AND boat") == ids(index, "boat")
+    assert ids(index, "boat -kitchen") == [i for i in ids(index, "boat") if i != 3]
+
+
+def test_fields_restrict(index: Index) -> None:
+    assert set(ids(index, "label:boat")) == {0, 1, 2}
+    assert set(ids(index, "context:boat")) == {1, 2, 3}
+    assert set(ids(index, "token:boat")) == {0, 1, 2}
+    assert len(ids(index, "promotes:ocean")) == 9
+    assert ids(index, "promotes:boat") == []
+    assert ids(index, "promotes:ocean token:bread") == [3]
+    assert ids(index, "label:ocean OR token:bread") == [3]
+
+
+def test_filters_hold_beside_words_and_alone(index: Index) -> None:
+    assert ids(index, "boat density<1%") == [1]
+    assert ids(index, "boat density>=0.3") == [2]
+    assert ids(index, "density>25%") == [2]
+    assert ids(index, "is:dead") == [4]
+    assert ids(index, "boat max_act>4") == []
+    assert 4 not in ids(index, "-is:dead")
+    assert ids(index, "effect>-1") == []
+    with pytest.raises(IndexingError, match=r"density<1%"):
+        index.search("boat density<much")
+
+
+def test_effect_puts_first_what_causes_what_it_fires_on(tmp_path: Path) -> None:
+    effects = {0: -0.01, 1: 0.6, 3: 0.1, 5: 0.9, 6: 0.0}
+    entries = [
+        replace(e, feature=replace(e.feature, own_effect=own, output_score=own and own / 2))
+        for e in ENTRIES
+        for own in [effects.get(e.feature.id)]
+    ]
+    store.write(tmp_path / "i.sqlite", entries, {})
+    with Index.open(tmp_path / "i.sqlite") as index:
+        assert [hit.id for hit in index.search("boat")] == [0, 1, 2, 3]
+        # 0 causes nothing of the kind, 2 wasn't measured, the others don't match.
+        found = index.search("boat", sort="effect")
+        assert [hit.id for hit in found] == [1, 3, 0, 2]
+        assert [hit.own_effect for hit in found] == [0.6, 0.1, -0.01, None]
+        assert [hit.output_score for hit in found] == [0.3, 0.05, -0.005, None]
+        assert [hit.id for hit in index.search("boat", 2, sort="effect")] == [1, 3]
+        assert [hit.id for hit in index.search("effect>-1", sort="effect")] == [5, 1, 3, 0, 6]
+        assert [hit.id for hit in index.search("boat effect>=.3")] == [1]
+        with pytest.raises(IndexingError, match="sort"):
+            index.search("boat", sort="size")  # type: ignore[arg-type]
+
+
+def test_what_a_user_wrote_comes_first_and_filters(tmp_path: Path) -> None:
+    path = tmp_path / "i.sqlite"
+    store.write(path, ENTRIES, {"sae_hash": "abc"})
+    with Index.open(path) as index:
+        notes.rename(path, 3, "boat house")
+        notes.tag(path, 3, ["Home"])
+        notes.star(path, 1)
+        assert ids(index, "boat")[0] == 3
+        assert ids(index, "house") == [3]
+        assert ids(index, "label:house") == [3]
+        assert ids(index, "promotes:house") == []
+        assert ids(index, "tag:home") == ids(index, 'boat tag:"home"') == [3]
+        assert ids(index, "is:starred") == [1]
+        assert ids(index, "boat -is:starred -tag:home") == [0, 2]
+        first = index.search("boat", 1)[0]
+        assert (first.label, first.source, first.tags) == ("boat house", "user", ("home",))
+        assert "you wrote" in first.why
+        assert index.search("is:starred")[0].starred
+
+
+def test_neighbours_and_coactive_features_are_hits(tmp_path: Path) -> None:
+    near = (Neighbour(6, 0.9), Neighbour(7, 0.5))
+    feature = replace(ENTRIES[5].feature, neighbours=near, coactive=(Neighbour(7, 12.0, 40),))
+    entries = [*ENTRIES[:5], replace(ENTRIES[5], feature=feature), *ENTRIES[6:]]
+    store.write(tmp_path / "i.sqlite", entries, {})
+    with Index.open(tmp_path / "i.sqlite") as index:
+        assert [(hit.id, round(hit.score, 6)) for hit in index.neighbours(5)] == [
+            (6, 0.9),
+            (7, 0.5),
+        ]
+        assert index.neighbours(5, 1)[0].why == "decoder cosine 0.90"
+        assert [hit.id for hit in index.coactive(5)] == [7]
+        assert index.coactive(6) == []
+        with pytest.raises(FeatureError):
+            index.neighbours(99)
+
+
+def test_misspelled_words_get_suggestions(index: Index) -> None:
+    assert index.suggest("kichen") == ["kitchen"]
+    assert index.suggest("Golden gaet") == ["Golden gate"]
+    assert index.suggest("harbuor sial")[0] == "harbour sail"
+    assert index.suggest("-label:kichen bread") == []  # what isn't wanted needn't be known
+    assert index.suggest('"goldne" AND gate') == ['"golden" AND gate']
+    assert index.suggest("boat") == index.suggest("zzzzzzzz") == index.suggest("") == []
+
+
+def test_a_new_index_is_read_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "i.sqlite"
+    store.write(path, ENTRIES, {})
+    with Index.open(path) as index:
+        assert ids(index, "kitchen") == [3]
+        store.write(path, ENTRIES[:3], {})
+        assert ids(index, "kitchen") == []
+        assert index.n_features == 3
+
+
+def test_threads_ask_one_index(index: Index) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: ids(index, "boat"), range(16)))
+    assert answers == [ids(index, "boat")] * 16
+
+
+def test_words_in_thousands_of_features_rank_alike(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saesteer.features.frequent._LEAST", 0)
+    path = tmp_path / "i.sqlite"
+    store.write(path, ENTRIES, {})
+    with Index.open(path) as other:
+        for query in ("boat", "boat AND sea", "golden gate", "a -boat", "boat density<10%", "zz"):
+            mine, theirs = index.search(query), other.search(query)
+            assert [hit.id for hit in mine] == [hit.id for hit in theirs], query
+            scores = [hit.score for hit in mine]
+            assert scores == pytest.approx([hit.score for hit in theirs], rel=1e-5), query
 
 
 HOSTILE = [
@@ -175,6 +312,25 @@ HOSTILE = [
     "({[<",
     "\u202eboat",
     "é́́",
+    "boat AND AND sea",
+    "(boat",
+    "boat) OR (sea",
+    "(" * 500 + "boat" + ")" * 500 + " OR sea",
+    "boat OR " * 40 + "sea",
+    '"" boat',
+    '"!" AND boat',
+    "NOT boat",
+    "label: boat",
+    "label:'boat'",
+    "near : boat",
+    "{label} : boat",
+    "tag: boat",
+    "boat is: dead",
+    "boat\ntag:",
+    "boat density max_act",
+    "boat OR \0",
+    "boat* OR *",
+    'label:"boat" OR boat\0*',
 ]
 
 
@@ -188,7 +344,7 @@ def test_hostile_queries_are_words_or_nothing(index: Index, query: str) -> None:
 @settings(
     max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(query=st.text(max_size=40) | st.text(alphabet='"*^():-+ANDORTNE{}\0', max_size=20))
+@given(query=st.text(max_size=40) | st.text(alphabet='"*^():-+ANDORTNEab {}\0', max_size=20))
 def test_no_query_is_an_error(index: Index, query: str) -> None:
     assert isinstance(index.search(query), list)
 
@@ -228,64 +384,6 @@ def test_the_firing_token_is_marked() -> None:
     assert marked(replace(example, pieces=(" a", "\n", "s"))) == "a\n«»s"
 
 
-def test_damaged_files_are_refused_in_one_line(path: Path, tmp_path: Path) -> None:
-    whole = path.read_bytes()
-    other = tmp_path / "other.sqlite"
-    sqlite3.connect(other).execute("CREATE TABLE t (a)").connection.close()
-    newer = tmp_path / "newer.sqlite"
-    newer.write_bytes(whole)
-    connection = sqlite3.connect(newer)
-    connection.execute("PRAGMA user_version = 99")
-    connection.close()
-    cases = {
-        "there is no feature index": None,
-        "is no feature index;": b"not a database at all" * 100,
-        "is cut off": whole[: len(whole) // 2],
-        "no feature index but another SQLite file": other.read_bytes(),
-        "has version 99, expected 1": newer.read_bytes(),
-        "is no feature index": b"",
-    }
-    for message, data in cases.items():
-        file = tmp_path / "features.sqlite"
-        file.unlink(missing_ok=True)
-        if data is not None:
-            file.write_bytes(data)
-        with pytest.raises(IndexingError, match=message) as raised:
-            Index.open(file)
-        assert "saesteer index" in str(raised.value)
-        assert "\n" not in str(raised.value)
-
-
-def test_rot_inside_is_an_error_of_ours(path: Path, tmp_path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[4096:] = b"\xff" * (len(data) - 4096)  # the schema page is whole
-    rotten = tmp_path / "rotten.sqlite"
-    rotten.write_bytes(data)
-    with pytest.raises(IndexingError, match="damaged"), Index.open(rotten) as index:
-        index.search("boat")
-
-
-def test_a_failed_write_leaves_the_old_index(path: Path, tmp_path: Path) -> None:
-    file = tmp_path / "features.sqlite"
-    file.write_bytes(path.read_bytes())
-
-    def broken() -> Iterator[Entry]:
-        yield ENTRIES[0]
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        store.write(file, broken(), {})
-    assert file.read_bytes() == path.read_bytes()
-    assert [p.name for p in tmp_path.iterdir()] == ["features.sqlite"]
-
-
-def test_lone_surrogates_and_nul_in_text_are_stored(tmp_path: Path) -> None:
-    odd = a_feature(0, {"bo\0at": 0.5, "\ud800x": 0.4}, label="\0\ud800")
-    store.write(tmp_path / "i.sqlite", [odd], {})
-    with Index.open(tmp_path / "i.sqlite") as index:
-        assert index.feature(0).n_fired == 100
-
-
 def test_search_imports_nothing_heavy(path: Path) -> None:
     code = (
         "import sys; from saesteer.features.search import Index\n"
@@ -297,19 +395,40 @@ def test_search_imports_nothing_heavy(path: Path) -> None:
 
 
 def test_rank_is_monotone_in_its_evidence() -> None:
-    good = Firing(share=0.08, lift=30, recall=0.95)
-    assert rank(0.5, [good], 13, 3) > rank(0.4, [good], 13, 3) > rank(0.4, [good], 1, 3)
-    assert rank(0.4, [good], 13, 3) > rank(0.4, [good], 13, 1)
-    assert rank(0, [good, good], 5, 1) > rank(0, [good, Firing()], 5, 1)
-    for worse in (replace(good, recall=0.2), replace(good, lift=2), replace(good, share=0.001)):
-        assert aboutness(worse) < aboutness(good)
-    assert aboutness(Firing(share=1, lift=1, recall=1)) == 0
-    assert rank(0, [], 0, 0) == 0
+    firing = {"share": 0.08, "lift": 30, "recall": 0.95}
+    good = aboutness(**firing)
+    assert rank(0.5, good, 13, 3) > rank(0.4, good, 13, 3) > rank(0.4, good, 1, 3)
+    assert rank(0.4, good, 13, 3) > rank(0.4, good, 13, 1)
+    assert rank(0, good, 5, 1) > rank(0, good / 2, 5, 1)
+    assert rank(1, 0, 0, 0, note=1) > rank(1, 0, 0, 0, written=1) > rank(1, 0, 0, 0)
+    for worse in ({"recall": 0.2}, {"lift": 2}, {"share": 0.001}):
+        assert aboutness(**{**firing, **worse}) < good
+    assert aboutness(share=1, lift=1, recall=1) == 0
+    assert rank(0, 0, 0, 0) == 0
+    assert rank(0, good, 1e9, 1e9) == pytest.approx(MOST_RAISED * rank(0, good, 0, 0))
 
 
 def test_a_concept_beats_its_word_and_a_word_beats_a_part_of_speech() -> None:
-    concept = rank(0.8, [Firing(share=1 / 13, lift=40, recall=0.97)], 13, 2.5)
-    word = rank(1.0, [Firing(share=0.97, lift=500, recall=0.97)], 1, 1)
-    mixture = rank(1.0, [Firing(share=1 / 13, lift=40, recall=0.97)], 13, 1.1)
-    noun = rank(0.3, [Firing(share=0.001, lift=4, recall=0.97)], 16, 3)
+    a_word = aboutness(share=1 / 13, lift=40, recall=0.97)
+    concept = rank(0.8, a_word, 13, 2.5)
+    word = rank(1.0, aboutness(share=0.97, lift=500, recall=0.97), 1, 1)
+    mixture = rank(1.0, a_word, 13, 1.1)
+    noun = rank(0.3, aboutness(share=0.001, lift=4, recall=0.97), 16, 3)
     assert concept > mixture > word > noun
+
+
+def test_what_is_dropped_early_is_not_among_the_best(tmp_path: Path) -> None:
+    rng = random.Random(5)
+    entries = []
+    for i in range(60):
+        words = {word: rng.random() for word in rng.sample(SEA, 3)}
+        entry = a_feature(i, words, density=rng.random() / 40, lift=rng.choice([1.1, 3, 40]))
+        wide = replace(entry.feature, breadth=20 * rng.random(), company=4 * rng.random())
+        entries.append(replace(entry, feature=wide))
+    store.write(tmp_path / "i.sqlite", entries, {})
+    with Index.open(tmp_path / "i.sqlite") as index:
+        for query in ("boat", "boat sea", "boat OR sea", "boat -sea", "wave promotes:ocean"):
+            every = ids(index, query, 1000)
+            assert len(every) > 5
+            assert ids(index, query, 5) == every[:5]
+            assert ids(index, query, 1) == every[:1]

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saesteer import config, fitting, stages
+from saesteer import config, fitting, run_text, stages
 from saesteer.config import Config
 from saesteer.core.hooks import activations
 from saesteer.core.model import HookPoint
@@ -200,12 +200,12 @@ def test_a_live_run_trains_and_evaluates_without_a_cache(
     figures = stages.evaluate(run)
     assert figures["explained_variance"] > 0.5
     held_out = torch.cat(evaluated)
-    assert stages.live_held_out(run.config) == 13
+    assert run_text.live_held_out(run.config) == 13
     assert len(held_out) == 7  # the other six calibrate a threshold
     # Tokens far into a context have been in no other; those that were trained on are found.
     late = held_out[:, 24:].flatten(0, 1)
     assert float(nearest(late, trained_on).min()) > 1e-2
-    from_training = stages._batches(run, None, 40 * SIZE, held_out=False)
+    from_training = run_text.batches(run, None, 40 * SIZE, held_out=False)
     later = torch.cat([batch.activations for batch in from_training])[20:, 24:].flatten(0, 1)
     assert float((nearest(later, trained_on) < 1e-3).float().mean()) > 0.8
     index = stages.index(run, tokens=2000)
@@ -219,7 +219,7 @@ def test_a_live_run_is_not_evaluated_on_a_cache_from_before(
     trained(tiny_config, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     run = trained(tiny_config, tmp_path / "run", **LIVE)
-    tokens = np.concatenate([b.tokens for b in stages._batches(run, None, 10**9, held_out=True)])
+    tokens = np.concatenate([b.tokens for b in run_text.batches(run, None, 10**9, held_out=True)])
     assert np.array_equal(tokens, run.shards.tokens[6:13])
 
 
@@ -228,7 +228,7 @@ def test_a_live_transcoder_has_input_and_target_of_the_same_tokens(
 ) -> None:
     run = trained(tiny_config, tmp_path / "run", **LIVE, sae={"hook_point_out": "layers.2.mlp_out"})
     assert load_sae(run.path / "sae").hook_point_out == HookPoint(2, "mlp_out")
-    contexts = stages._batches(run, None, 100 * SIZE, held_out=False)
+    contexts = run_text.batches(run, None, 100 * SIZE, held_out=False)
     tokens = torch.from_numpy(np.concatenate([batch.tokens for batch in contexts])).long()
     points = stages.hook_points(run)
     found = activations(run.model, points, tokens)

@@ -24,11 +24,11 @@ def test_import_is_light():
     assert python(f"import sys, saesteer; print({heavy})").strip() == "set()"
 
 
-def test_keyword_search_imports_no_torch(small_run):
+def test_keyword_search_imports_neither_torch_nor_numpy(small_run):
     code = (
         "import sys; from saesteer.cli.main import main;"
         f"main(['search', {str(small_run.path)!r}, 'boat']);"
-        "print({'torch', 'sae_lens', 'transformers'} & set(sys.modules))"
+        "print({'torch', 'sae_lens', 'transformers', 'numpy'} & set(sys.modules))"
     )
     assert python(code).strip().endswith("set()")
 

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from saesteer.core.model import HookPoint, load_model
 from saesteer.effects import planted_score, planted_search
@@ -85,12 +87,29 @@ def test_a_feature_is_right_only_for_its_best_concept():
 
 
 def test_search_score_by_hand():
-    table = np.zeros((3, len(lexicon.CONCEPTS)))
-    table[0, 0] = table[1, 1] = 1.0
     names = [concept.name for concept in lexicon.CONCEPTS[:2]]
-    score = planted_search.score_search(lambda _: [0, 1, 2], table, names, seed=0)
+    right = {names[0]: {0}, names[1]: {1, 2}}
+    score = planted_search.score_search(lambda _: [0, 1, 2], right.__getitem__, names, seed=0)
     assert score.precision_at_1 == 0.5 and score.mrr == 0.75
     assert {concept for concept, _ in score.misses} == {names[1]}
+    assert score.distinct == 0.5  # one first hit for two names
     queries = planted_search.queries(names[0], seed=0)
     assert queries[0] == names[0] and len(set(queries)) == 4
     assert set(queries) <= set(lexicon.CONCEPTS[0].words)
+
+
+def test_a_concept_without_a_right_feature_and_a_search_without_hits_only_miss():
+    names = [concept.name for concept in lexicon.CONCEPTS[:3]]
+    score = planted_search.score_search(lambda _: [7], lambda _: set(), names, seed=0)
+    assert score.precision_at_1 == score.mrr == 0 and len(score.misses) == 12
+    score = planted_search.score_search(lambda _: [], lambda _: {7}, names, seed=0)
+    assert score.precision_at_1 == score.mrr == score.distinct == 0
+    assert planted_search.reciprocal_rank([4, 9, 7], {7, 9}) == 0.5
+
+
+@settings(derandomize=True, max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 5), unique=True), st.sets(st.integers(0, 5)))
+def test_reciprocal_rank_is_1_only_where_the_first_hit_is_right(hits, right):
+    found = planted_search.reciprocal_rank(hits, right)
+    assert (found == 1) == bool(hits and hits[0] in right)
+    assert (found == 0) == (not right & set(hits))

@@ -5,6 +5,7 @@ the weights, not the path that loads them.
 """
 
 import dataclasses
+import inspect
 import json
 import re
 import shlex
@@ -14,11 +15,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saesteer import config
+from saesteer.cli.index import judge
 from saesteer.cli.main import main
 from saesteer.core import model as models
+from saesteer.features.query import parse
 from saesteer.training.architectures import ARCHITECTURES
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -26,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 TRAINING = (ROOT / "docs" / "training.md").read_text()
 STEERING = (ROOT / "docs" / "steering.md").read_text()
+FEATURES = (ROOT / "docs" / "features.md").read_text()
 WORDS = "the boy saw a ship at sea and the old dog heard rain in the house . "
 
 
@@ -172,6 +177,7 @@ def test_the_page_on_steering(mine, capsys, monkeypatch):
         AutoTokenizer, "from_pretrained", _here(AutoTokenizer.from_pretrained, mine / "gpt2")
     )
     names: dict[str, object] = {}
+    torch.manual_seed(1)  # the page's directions are random: one, so that its condition holds
     for block in blocks("python", STEERING):
         code = re.sub(r"layers\.[46]", "layers.1", block)
         exec(compile(code, "docs/steering.md", "exec"), names)
@@ -179,6 +185,30 @@ def test_the_page_on_steering(mine, capsys, monkeypatch):
     run_all([["saesteer", "index", "runs/mine"]])
     for block in blocks("sh", STEERING):
         run_all(commands(block))
+
+
+def test_the_page_on_features(mine, capsys):
+    (mine / "positive.txt").write_text("the calm sea\nthe boy saw a ship\n")
+    (mine / "negative.txt").write_text("the old dog\nthe rain in the house\n")
+    for block in blocks("sh", FEATURES):
+        run_all(commands(block))
+    names: dict[str, object] = {}
+    (python,) = blocks("python", FEATURES)
+    exec(compile(python, "docs/features.md", "exec"), names)
+    assert names["alike"] and names["apart"] and names["near"] and names["tokens"]
+    assert names["feature"].note.name == "old dogs"
+    assert (mine / "gallery/index.html").exists() and (mine / "feature-12.html").exists()
+
+
+def test_the_page_on_features_names_what_there_is():
+    for line in re.findall(r"^    (saesteer judge .*)$", FEATURES, flags=re.MULTILINE):
+        options = set(re.findall(r"--[a-z-]+", line))
+        known = {f"--{name}".replace("_", "-") for name in inspect.signature(judge).parameters}
+        assert options <= known
+    for query in re.findall(r"^\| (.*?) \| ", FEATURES, flags=re.MULTILINE):
+        for written in re.findall(r"`([^`]+)`", query):
+            if not written.endswith(":"):
+                assert not parse(written).note
 
 
 def _here(real, folder):

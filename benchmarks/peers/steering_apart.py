@@ -9,13 +9,13 @@ import json
 import os
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from peers.apart import HERE, INSTALLED, NotInstalledError
+from peers import venvs
+from peers.apart import HERE, NotInstalledError
 
 APART = ("steering-vectors", "repeng")
 PEERS = (*APART, "sae-lens")
@@ -26,36 +26,8 @@ class PeerFailedError(Exception):
 
 
 def python_of(name: str, *, install: bool = True) -> str:
-    """The interpreter that runs a peer; its venv is made where it is missing or out of date.
-
-    Raises:
-        NotInstalledError: it can't be installed, or install is False and it isn't.
-    """
-    if name not in APART:
-        return sys.executable
-    folder, wanted = INSTALLED / name, (HERE / f"{name}.txt").read_text(encoding="utf-8")
-    python, stamp = folder / "bin" / "python", folder / "installed.txt"
-    if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
-        return str(python)
-    if not install:
-        raise NotInstalledError("not installed; run without --no-install")
-    print(f"installing {name} into {folder} …", file=sys.stderr, flush=True)
-    _run(sys.executable, "-m", "venv", "--clear", str(folder))
-    _run(str(python), "-m", "pip", "install", "--quiet", "--no-deps", "-r",
-         str(HERE / f"{name}.txt"))  # fmt: skip
-    (own,) = folder.glob("lib/python*/site-packages")
-    # After its own packages, ours.
-    (own / "zz_ours.pth").write_text(sysconfig.get_paths()["purelib"] + "\n", encoding="utf-8")
-    stamp.write_text(wanted, encoding="utf-8")
-    return str(python)
-
-
-def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        reason = (lines or done.stderr.strip().splitlines() or ["without a word"])[-1]
-        raise NotInstalledError(f"{' '.join(command[1:4])} failed: {reason}")
+    """The interpreter that runs a program. NotInstalledError: see `venvs.python_of`."""
+    return venvs.python_of(name, install=install) if name in APART else sys.executable
 
 
 class Apart:

@@ -239,12 +239,12 @@ def _neutral(run: Run, texts: Path | None, most: int) -> list[list[int]]:
 
     Raises TextError where the run has no held-out tokens and no file is given.
     """
-    from saesteer import stages, units
+    from saesteer import run_text, units
     from saesteer.effects.damage import token_rows
     from saesteer.training.text import documents
 
     if texts is not None:
-        found = itertools.islice(documents(**stages.text_source(run, str(texts))), most)
+        found = itertools.islice(documents(**run_text.text_source(run, str(texts))), most)
         return token_rows(
             run.tokenizer,
             list(found),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import keyword
 import os
 import sys
 import warnings
@@ -11,8 +12,8 @@ from pathlib import Path
 from saesteer import __version__
 from saesteer.errors import ConfigError, SaesteerError, did_you_mean
 
-# Command → (module, what it does). The module has a function of the command's name, whose
-# parameters are the command's arguments and options.
+# Command → (module, what it does). The module has a function of the command's name (with _ after it
+# where Python keeps the name), whose parameters are the command's arguments and options.
 COMMANDS = {
     "demo": ("saesteer.cli.demo", "the whole job on the embedded model, offline"),
     "cache": ("saesteer.cli.train", "cache the activations a configuration asks for"),
@@ -21,9 +22,14 @@ COMMANDS = {
     "new": ("saesteer.cli.train", "make a run from an SAE that someone else trained"),
     "eval": ("saesteer.cli.evaluate", "measure the SAE on held-out text, and plot it"),
     "push": ("saesteer.cli.evaluate", "publish a measured SAE on the Hub, with a model card"),
-    "index": ("saesteer.cli.features", "describe every feature"),
-    "search": ("saesteer.cli.features", "find features by keyword"),
-    "feature": ("saesteer.cli.features", "show one feature"),
+    "index": ("saesteer.cli.index", "describe every feature"),
+    "search": ("saesteer.cli.search", "find features by keyword, example, contrast or effect"),
+    "feature": ("saesteer.cli.feature", "show one feature, in the terminal or as a page"),
+    "read": ("saesteer.cli.read", "show which features fire on a text"),
+    "notes": ("saesteer.cli.notes", "name, tag and star features"),
+    "judge": ("saesteer.cli.index", "have features labelled by a language model"),
+    "export": ("saesteer.cli.exchange", "write an index as CSV or for Neuronpedia"),
+    "import": ("saesteer.cli.exchange", "look at a Neuronpedia export"),
     "vector": ("saesteer.cli.steer", "fit a direction on contrast pairs"),
     "steer": (
         "saesteer.cli.steer",
@@ -97,7 +103,8 @@ def call(name: str, arguments: Sequence[str]) -> None:
     """Parse one command's arguments and call it; `--help` and bad arguments exit, as tyro does."""
     import tyro
 
-    command = getattr(importlib.import_module(COMMANDS[name][0]), name)
+    function = f"{name}_" if keyword.iskeyword(name) else name
+    command = getattr(importlib.import_module(COMMANDS[name][0]), function)
     prog = f"saesteer {name}"
     if name not in FROM_FILE:
         tyro.cli(command, args=arguments, prog=prog)

@@ -5,12 +5,15 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from saesteer.errors import RunError
+
+# What `stamp` reads of a large file.
+_PIECES, _PIECE = 64, 4096
 
 
 @contextmanager
@@ -47,6 +50,35 @@ def sha256(path: Path) -> str:
     """The file's SHA-256, 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stamp(paths: Iterable[Path]) -> str:
+    """A SHA-256 of files' names, sizes and 64 pieces of 4 kB of each, spread over it evenly.
+
+    Files up to 256 kB are read whole. It tells one SAE from another in milliseconds, whatever their
+    size; a change that touches none of the pieces and leaves the size as it is isn't seen.
+
+    Raises:
+        RunError: a file is missing or can't be read.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                digest.update(json.dumps([path.name, size]).encode())
+                if size <= _PIECES * _PIECE:
+                    digest.update(file.read())
+                    continue
+                for i in range(_PIECES):  # the first piece begins the file, the last ends it
+                    file.seek((size - _PIECE) * i // (_PIECES - 1))
+                    digest.update(file.read(_PIECE))
+        except OSError as error:
+            raise RunError(
+                f"{path} can't be read ({error.strerror}); the run lacks a file that its index was "
+                "made from"
+            ) from error
+    return digest.hexdigest()
 
 
 @contextmanager

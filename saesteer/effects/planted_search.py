@@ -1,10 +1,11 @@
 """How well search finds planted concepts, where the truth is known.
 
 A feature is right for a concept by "fires on" when its activation tells the concept's own words
-from all others with AUROC ≥ .9, and no other concept's words are told better by it.
+from all others with AUROC ≥ .9, and no other concept's words are told better by it; what is right
+by "causes" stands in `planted_causes`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +22,15 @@ HELD_OUT_WORDS = 3
 
 @dataclass(frozen=True)
 class SearchScore:
-    """precision@1, mean reciprocal rank, and the queries whose first hit is not a right feature."""
+    """precision@1, mean reciprocal rank, and the queries whose first hit is not a right feature.
+
+    distinct: different first hits of the concepts' names, over the number of concepts.
+    """
 
     precision_at_1: float
     mrr: float
     misses: tuple[tuple[str, str], ...]  # (concept, query)
+    distinct: float
 
 
 def auroc(activations: Tensor, tokens: NDArray[Any]) -> NDArray[np.float64]:
@@ -68,22 +73,35 @@ def queries(concept: str, seed: int) -> list[str]:
 
 def score_search(
     search: Callable[[str], Sequence[int]],
-    table: NDArray[np.float64],
+    right: Callable[[str], Collection[int]],
     concepts: Sequence[str],
     *,
     seed: int,
 ) -> SearchScore:
-    """Score `search` (query → feature ids, best first) over the concepts' queries."""
+    """Score `search` (query → feature ids, best first) over the concepts' queries.
+
+    right: concept → the features that are right for it; where there are none, all its queries miss.
+    """
     ranks: list[float] = []
     misses: list[tuple[str, str]] = []
+    first: set[int] = set()
     for concept in concepts:
-        right = right_features(table, concept)
+        features = right(concept)
         for query in queries(concept, seed):
             hits = search(query)
-            rank = next((1.0 / (i + 1) for i, hit in enumerate(hits) if hit in right), 0.0)
-            ranks.append(rank)
-            if rank < 1.0:
+            ranks.append(reciprocal_rank(hits, features))
+            if ranks[-1] < 1.0:
                 misses.append((concept, query))
+            if query == concept:
+                first.update(hits[:1])
     return SearchScore(
-        float(np.mean([r == 1.0 for r in ranks])), float(np.mean(ranks)), tuple(misses)
+        float(np.mean([r == 1.0 for r in ranks])),
+        float(np.mean(ranks)),
+        tuple(misses),
+        len(first) / len(concepts),
     )
+
+
+def reciprocal_rank(hits: Sequence[int], right: Collection[int]) -> float:
+    """1 / the place of the first hit that is right, counted from 1; 0 where none is."""
+    return next((1.0 / (i + 1) for i, hit in enumerate(hits) if hit in right), 0.0)

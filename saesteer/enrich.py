@@ -1,0 +1,120 @@
+"""What is added to an index that is there: effects by steering, labels by a language model."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from typing import TYPE_CHECKING
+
+from saesteer.core.model import EMBEDDED
+from saesteer.core.progress import progress
+from saesteer.effects import output_score
+from saesteer.effects.planted_causes import neutral_prompts
+from saesteer.errors import TextError
+from saesteer.features import judge as judging
+from saesteer.features import judge_scores, reading, store
+from saesteer.units import checked, neutral_tokens
+
+if TYPE_CHECKING:
+    from saesteer.features.records import Feature
+    from saesteer.features.search import Index
+    from saesteer.run import Run
+
+# Effects are kept after so many features: what is stopped goes on from there.
+_KEPT_AT_ONCE = 256
+# Contexts of text in which a label's score looks for windows where the feature is silent.
+_CONTEXTS = 256
+# A label that rests on so many firings is half as sure as its confidence says.
+_FEW = 20
+
+
+def effects(run: "Run", features: Iterable[int]) -> int:
+    """Measure output scores and own effects, keep them in the index, and say of how many features.
+
+    Those measured before with the same prompts and amplification are left out.
+
+    Raises:
+        IndexingError: no index, one of another SAE or model, or one that can't be written.
+        ModelError, SteeringError, FeatureError: see `effects.output_score`.
+    """
+    index = checked(run)
+    embedded = run.config.model.id == EMBEDDED
+    prompts = neutral_prompts() if embedded else output_score.NEUTRAL
+    settings = output_score.settings(prompts)
+    kept = store.measured(index.path, settings)
+    asked = [feature for feature in dict.fromkeys(features) if feature not in kept]
+    measured = output_score.output_scores(
+        run.model,
+        run.tokenizer,
+        run.sae,
+        asked,
+        max_act=index.max_act,
+        own_tokens=lambda feature: output_score.own_tokens(index.feature(feature)),
+        prompts=prompts,
+    )
+    with progress("effects", len(asked), unit="feature") as bar:
+        while some := list(islice(measured, _KEPT_AT_ONCE)):
+            store.keep_outputs(index.path, [(o.feature, o.score, o.own) for o in some], settings)
+            bar.update(len(some))
+    return len(asked)
+
+
+def best_labelled(index: "Index", most: int) -> list[int]:
+    """The features whose labels are surest, of those that fire; the surest first.
+
+    A label's confidence counts the less, the fewer firings it rests on.
+    """
+    alive = [f for f in index.features(range(index.n_features)) if f.n_fired]
+
+    def sure(feature: "Feature") -> float:
+        return feature.confidence * feature.n_fired / (feature.n_fired + _FEW)
+
+    return [f.id for f in sorted(alive, key=lambda f: (-sure(f), f.id))[:most]]
+
+
+def labels(
+    run: "Run",
+    features: Iterable[int],
+    write: judging.Write,
+    *,
+    model: str,
+    texts: Iterable[str] | None = None,
+    score: bool = True,
+) -> Iterator[int]:
+    """Have features labelled by a model, score the labels, and yield each feature when it is done.
+
+    Args:
+        write: asked for labels and for yes or no, under the name `model`.
+        texts: where to look for windows in which a feature is silent; by default the run's
+            held-out tokens.
+        score: whether to score labels that have no score yet.
+
+    Raises:
+        IndexingError: no index, one of another SAE or model, no answer, or it can't be written.
+        TextError: nothing to score on.
+    """
+    index = checked(run)
+    asked = list(dict.fromkeys(features))
+    if score:
+        if texts is None:
+            texts = [run.tokenizer.decode(row) for row in neutral_tokens(run, _CONTEXTS)]
+        encoded = reading.encode(run.model, run.tokenizer, run.sae, texts)
+        first = next(encoded, None)
+        if first is None:
+            raise TextError("no text to score labels on; give some with --text FILE")
+        silence = judge_scores.Silence(chain([first], encoded))
+    labelled = judging.label_features(
+        index.path,
+        (index.feature(feature) for feature in asked),
+        write,
+        model=model,
+        n_features=len(asked),
+    )
+    for judged in labelled:
+        if score:
+            record = index.feature(judged.feature)
+            if not judge_scores.is_scored(index.path, judged.feature, judged.key):
+                deque(
+                    judge_scores.score_features(index.path, [(record, judged.key)], silence, write),
+                    maxlen=0,
+                )
+        yield judged.feature
