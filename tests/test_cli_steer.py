@@ -1,19 +1,16 @@
 """`saesteer steer`: texts side by side, sweeps, chats, positions, pages, edits that are kept."""
 
-import json
 import re
-import shlex
 import shutil
-import sys
 from html.parser import HTMLParser
 
 import pytest
 
-from saesteer.cli.main import main
 from saesteer.cli.steer_options import Scoped
 from saesteer.core.model import load_model
 from saesteer.effects import side_by_side
 from saesteer.run import Run
+from tests.command import as_terminal, rows, run
 
 PROMPT = "Story A. The boy named Max"
 TEMPLATE = (
@@ -39,25 +36,6 @@ def templated(monkeypatch):
     tokenizer.chat_template = TEMPLATE
     monkeypatch.setattr(Run, "tokenizer", property(lambda self: tokenizer))
     return tokenizer
-
-
-def run(capsys, line, code=0):
-    try:
-        found = main(shlex.split(line))
-    except SystemExit as stopped:
-        found = stopped.code
-    out, err = capsys.readouterr()
-    assert found == code, err
-    return out, err
-
-
-def rows(capsys, line):
-    return [json.loads(text) for text in run(capsys, f"{line} --json")[0].splitlines()]
-
-
-def as_terminal(monkeypatch, columns):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setenv("COLUMNS", str(columns))
 
 
 def test_pairs_by_prompt_and_seed(capsys, folder):

@@ -1,43 +1,21 @@
 """Edits by name: directions projected out and turned, files of other programs, receipts."""
 
-import json
-import shlex
 import shutil
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from saesteer.cli.main import main
 from saesteer.core.model import HookPoint, fingerprint
 from saesteer.directions import Direction
 from saesteer.errors import RunError, SteeringError
 from saesteer.run import Run
 from saesteer.steering import exchange
 from saesteer.steering.artifact import save_edits
+from tests.command import as_terminal, rows, run
 from tests.tiny import tiny_model
 
 PROMPT = "Story A. The boy named Max"
-
-
-def run(capsys, line, code=0):
-    try:
-        found = main(shlex.split(line))
-    except SystemExit as stopped:
-        found = stopped.code
-    out, err = capsys.readouterr()
-    assert found == code, err
-    return out, err
-
-
-def rows(capsys, line):
-    return [json.loads(text) for text in run(capsys, f"{line} --json")[0].splitlines()]
-
-
-def as_terminal(monkeypatch, columns):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setenv("COLUMNS", str(columns))
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from saesteer.cli.arguments import RunFolder
 from saesteer.core.files import write_json
 from saesteer.errors import SaesteerError, SteeringError, TextError
 from saesteer.run import Run
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from saesteer.effects.continuations import Effect
     from saesteer.effects.dose import Dose, DoseRow, Interval
     from saesteer.steering.edits import Edit
-
-RunFolder = Annotated[Path, tyro.conf.Positional]
 
 
 def dose(

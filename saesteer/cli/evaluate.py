@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from saesteer import config as configuration
+from saesteer.cli.arguments import RunFolder
 from saesteer.errors import SaeError, SaesteerError
 from saesteer.run import Run
 
-RunFolder = Annotated[Path, tyro.conf.Positional]
 BAR = 36  # the longest bar of a histogram that keeps a line within 80 columns
 
 

@@ -6,12 +6,11 @@ from typing import Annotated, Literal
 
 import tyro
 
+from saesteer.cli.arguments import RunFolder
 from saesteer.cli.index import every_feature
 from saesteer.core.files import written_aside
 from saesteer.errors import ConfigError
 from saesteer.run import Run
-
-RunFolder = Annotated[Path, tyro.conf.Positional]
 
 
 def export(

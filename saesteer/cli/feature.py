@@ -9,10 +9,10 @@ from typing import Annotated
 
 import tyro
 
+from saesteer.cli.arguments import RunFolder
 from saesteer.core.files import written_aside
 from saesteer.run import Run
 
-RunFolder = Annotated[Path, tyro.conf.Positional]
 _WIDEST = 120
 
 

@@ -3,18 +3,15 @@
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import tyro
-
+from saesteer.cli.arguments import RunFolder
 from saesteer.errors import ConfigError, IndexingError
 from saesteer.run import Run
 
 if TYPE_CHECKING:
     from saesteer.features.records import Feature
     from saesteer.features.search import Index
-
-RunFolder = Annotated[Path, tyro.conf.Positional]
 
 
 def index(

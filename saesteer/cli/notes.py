@@ -5,10 +5,10 @@ from typing import Annotated
 
 import tyro
 
+from saesteer.cli.arguments import RunFolder
 from saesteer.errors import ConfigError
 from saesteer.run import Run
 
-RunFolder = Annotated[Path, tyro.conf.Positional]
 Several = tyro.conf.UseAppendAction[tuple[str, ...]]
 
 

@@ -4,17 +4,16 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from saesteer.cli.arguments import RunFolder
 from saesteer.run import Run
 
 if TYPE_CHECKING:
     from saesteer.features.reading import TokenReading
 
-RunFolder = Annotated[Path, tyro.conf.Positional]
 # Columns for a token.
 _TOKEN = 14
 

@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 
 import tyro
 
+from saesteer.cli.arguments import RunFolder
 from saesteer.errors import ConfigError
 from saesteer.run import Run
 
-RunFolder = Annotated[Path, tyro.conf.Positional]
 _WIDEST = 120
 
 

@@ -11,6 +11,7 @@ import tyro
 
 from saesteer import named
 from saesteer.cli import steer_options, steer_view
+from saesteer.cli.arguments import RunFolder
 from saesteer.cli.steer_options import Given, Scoped, narrowed
 from saesteer.cli.steer_view import Batch, View
 from saesteer.core.files import written_aside
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from saesteer.steering.edits import Edit
     from saesteer.steering.positions import Positions
 
-RunFolder = Annotated[Path, tyro.conf.Positional]
 Several = tyro.conf.UseAppendAction[tuple[str, ...]]
 Seeds = tyro.conf.UseAppendAction[tuple[int, ...]]
 

@@ -1,16 +1,12 @@
 """cache, train, new: from text to an SAE."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
-
+from saesteer.cli.arguments import RunFolder
 from saesteer.config import Config
 from saesteer.errors import SaesteerError
 from saesteer.run import Run
-
-RunFolder = Annotated[Path, tyro.conf.Positional]
 
 
 def cache(config: Config) -> None:
