@@ -1,4 +1,4 @@
-"""Searching an index of 131,072 made-up features (--features for others): milliseconds a query.
+"""Searching indexes of 131,072 and 1,048,576 made-up features (--features for others): ms a query.
 
 Every feature has 20 contexts of 32 words (`synthetic_index`). Query words are drawn by frequency:
 nearly half of them stand in over half of all features. Phrases are two neighbouring words of a
@@ -142,7 +142,7 @@ def report(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--features", type=int, nargs="+", default=[131_072])
+    parser.add_argument("--features", type=int, nargs="+", default=[131_072, 1_048_576])
     parser.add_argument("--queries", type=int, default=200, help="of each kind")
     parser.add_argument("--folder", type=Path, help="where the index is made (a temporary folder)")
     parser.add_argument("--json", action="store_true", help="print JSON, leave RESULTS.md alone")

@@ -14,13 +14,15 @@ from saesteer.features.examples import NO_TOKEN, Firings, Packed, Window, packed
 class Block:
     """Contexts of one length with what fired in them; special tokens have no firing.
 
-    tokens [contexts, s]; documents [contexts, s]; contexts [contexts]: their numbers; rows,
-    features, values [nnz]: firings ordered by row (a position in the flattened block), then by
-    feature.
+    tokens [contexts, s]; documents [contexts, s]; words, begins [contexts, s]: see
+    `words_in.Occurrences`; contexts [contexts]: their numbers; rows, features, values [nnz]:
+    firings ordered by row (a position in the flattened block), then by feature.
     """
 
     tokens: NDArray[np.int32]
     documents: NDArray[np.int64]
+    words: NDArray[np.int64]
+    begins: NDArray[np.bool_]
     contexts: NDArray[np.int64]
     rows: NDArray[np.int64]
     features: NDArray[np.int64]
@@ -31,7 +33,7 @@ class Block:
         """One block of several with contexts of the same length."""
         starts = np.cumsum([0, *(block.tokens.size for block in blocks)])
         rows = [block.rows + start for block, start in zip(blocks, starts, strict=False)]
-        names = ("tokens", "documents", "contexts", "features", "values")
+        names = ("tokens", "documents", "words", "begins", "contexts", "features", "values")
         return cls(
             rows=np.concatenate(rows),
             **{name: np.concatenate([getattr(block, name) for block in blocks]) for name in names},

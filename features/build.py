@@ -17,6 +17,7 @@ from saesteer.features.entries import entries
 from saesteer.features.statistics import Statistics
 from saesteer.features.weights import describe
 from saesteer.features.words import Pieces
+from saesteer.features.words_in import Lexicon
 
 
 def build_index(
@@ -51,7 +52,7 @@ def build_index(
         batches,
         sae,
         special_ids=special_token_ids(model, tokenizer),
-        vocab_size=vocab_size(model, tokenizer),
+        lexicon=lexicon(model, tokenizer),
         top_contexts=top_contexts,
         n_tokens=n_tokens,
         checkpoint=checkpoint,
@@ -106,6 +107,7 @@ def write_index(
     return store.write(path, entries(statistics, weights, tokenizer), meta)
 
 
-def vocab_size(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """A bound on token ids: what `collect` is told."""
-    return max(int(model.get_input_embeddings().weight.shape[0]), len(tokenizer))
+def lexicon(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Lexicon:
+    """For `collect`; a model may have more token ids than its tokenizer."""
+    n_ids = max(int(model.get_input_embeddings().weight.shape[0]), len(tokenizer))
+    return Lexicon(Pieces(tokenizer), n_ids)

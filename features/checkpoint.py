@@ -62,6 +62,7 @@ class Checkpoint:
                 self._check(about["made_from"], kept, settings or kept)
                 statistics = Statistics.empty(kept)
                 statistics.n_tokens, statistics.n_contexts = about["n_tokens"], about["n_contexts"]
+                statistics.spellings = dict(about["spellings"])
                 for path, part, name in arrays(statistics):
                     setattr(part, name, file[path])
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
@@ -85,6 +86,7 @@ class Checkpoint:
             "settings": asdict(statistics.settings),
             "n_tokens": statistics.n_tokens,
             "n_contexts": statistics.n_contexts,
+            "spellings": list(statistics.spellings.items()),
             "next_context": progress.next_context,
             "done": progress.done,
         }

@@ -15,6 +15,7 @@ from saesteer.errors import IndexingError
 from saesteer.features.block import Block
 from saesteer.features.checkpoint import Checkpoint, Progress
 from saesteer.features.statistics import Settings, Statistics
+from saesteer.features.words_in import NONE, Lexicon
 
 __all__ = ["Encoder", "Statistics", "collect"]
 
@@ -41,7 +42,7 @@ def collect(
     sae: Encoder,
     *,
     special_ids: Collection[int],
-    vocab_size: int,
+    lexicon: Lexicon,
     top_contexts: int = 20,
     sampled: int = 30,
     before: int = 12,
@@ -55,7 +56,7 @@ def collect(
         batches: contexts with tokens, documents [c, s] and activations [c, s, d], in the order of
             their numbers.
         special_ids: token ids that are left out.
-        vocab_size: token ids are below it.
+        lexicon: what words tokens are part of; token ids are below its `vocab_size`.
         top_contexts: strongest examples kept a feature, each from another document.
         sampled: firings kept a feature as a fair sample of all of them.
         before, after: tokens kept around the token on which an example fires.
@@ -67,6 +68,7 @@ def collect(
         IndexingError: no token but special ones, an id outside the vocabulary, activations that
             are not finite, or a checkpoint of something else.
     """
+    vocab_size = lexicon.vocab_size
     special = tuple(sorted({int(i) for i in special_ids if 0 <= i < vocab_size}))
     settings = Settings(sae.d_sae, vocab_size, special, top_contexts, sampled, before, after)
     found = checkpoint and checkpoint.load(settings)
@@ -84,7 +86,8 @@ def collect(
             new = _from(batch, next_context)
             if len(new.tokens) == 0:
                 continue
-            waiting.append(_block(new, sae, is_special))
+            lexicon.forget(0)
+            waiting.append(_block(new, sae, is_special, lexicon, total.spellings))
             bar.update(new.tokens.size)
             next_context = new.first_context + len(new.tokens)
             held += len(waiting[-1].rows) + new.tokens.size
@@ -116,7 +119,13 @@ def _from(batch: ContextBatch, first: int) -> ContextBatch:
     )
 
 
-def _block(batch: ContextBatch, sae: Encoder, is_special: NDArray[np.bool_]) -> Block:
+def _block(
+    batch: ContextBatch,
+    sae: Encoder,
+    is_special: NDArray[np.bool_],
+    lexicon: Lexicon,
+    spellings: dict[int, str],
+) -> Block:
     tokens = np.asarray(batch.tokens, np.int32)
     where = f"contexts {batch.first_context} to {batch.first_context + len(tokens) - 1}"
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < len(is_special):
@@ -140,7 +149,17 @@ def _block(batch: ContextBatch, sae: Encoder, is_special: NDArray[np.bool_]) -> 
     # A token without a document (-1) is taken as of a document of its context's own.
     documents = np.asarray(batch.documents, np.int64)
     documents = np.where(documents < 0, -2 - contexts[:, None], documents)
-    return Block(tokens, documents, contexts, rows[keep], features[keep], values[keep])
+    found = lexicon.occurrences(np.where(is_special[tokens], NONE, tokens), documents, spellings)
+    return Block(
+        tokens,
+        documents,
+        found.words,
+        found.begins,
+        contexts,
+        rows[keep],
+        features[keep],
+        values[keep],
+    )
 
 
 def _work_in(total: Statistics, blocks: list[Block]) -> None:

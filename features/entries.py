@@ -22,7 +22,7 @@ from saesteer.features.entry_parts import (
     word_stats,
     written,
 )
-from saesteer.features.firing_words import Parts, company, completions, firing_words
+from saesteer.features.firing_words import WordTable, company, firing_words
 from saesteer.features.records import Entry, Feature
 from saesteer.features.statistics import Statistics
 from saesteer.features.weights import WeightChunk
@@ -33,8 +33,6 @@ from saesteer.features.words_in import Lexicon, beside
 _TOKENS, _FOLLOWING, _WORDS = 40, 10, 40
 # Features described at a time. With more, the garbage collector takes as long as the work.
 _FEATURES = 32
-# Windows read to learn what words tokens are parts of.
-_WINDOWS = 10_000
 # How often the field of words repeats a word: its share of the activation, in this many parts.
 _REPEATS = 10
 # A feature fires "at the start" when this share of its firings is in the first 4 places, and that
@@ -114,28 +112,26 @@ class _Maker:
         self.statistics = statistics
         self.lexicon = Lexicon(Pieces(tokenizer), len(statistics.token_counts))
         self.empty = self.lexicon.number("")
-        self.seen = _completions(statistics, self.lexicon)
-        self.known = len(self.lexicon.words)
+        self.table = WordTable.of(statistics)
         self.partners = partners(statistics.token_sample, statistics.d_sae)
         s = statistics
         self.figures = s.density, s.mean_act, s.max_act, s.fired
-        every = statistics.position_counts
-        self.early = every[:_EARLY_BINS].sum() / max(1, every.sum())
+        every = statistics.position_counts / max(1, statistics.position_counts.sum())
+        self.early = every[:_EARLY_BINS].sum()
+        self.places = np.where(every > 0, every, np.inf)
 
     def described(self, rows: range, part: Part | None) -> Iterator[Entry]:
         """The entries of some consecutive features."""
         s, lexicon, m = self.statistics, self.lexicon, len(rows)
         index = np.arange(rows.start, rows.stop)
-        lexicon.forget(self.known)
-        top, sample = Shown.of(s.examples, index), Shown.of(s.sample, index, sampled=True)
+        lexicon.forget(1)
+        top, sample = Shown.of(s.examples, index), Shown.of(s.sample, index, s.histograms)
         windows = lexicon.read(top.tokens)
         tokens = heaviest(s.tally, index, s.token_counts, s.fired, s.mass, _TOKENS)
         following = heaviest(
             s.next_tally, index, s.next_counts, s.next_fired, s.next_mass, _FOLLOWING
         )
-        words = firing_words(
-            tokens.tokens, windows, top.rows, top.activations, self.seen, lexicon, most=_WORDS
-        )
+        words = firing_words(s, self.table, index, lexicon, most=_WORDS)
         before, after = beside(windows, s.before, self.empty)
         own = windows.words[:, s.before]
         spelled = lexicon.words
@@ -145,8 +141,9 @@ class _Maker:
         drawn = shown_examples(sample, lexicon.spelled(sample.tokens), s.before, m)
         about_words, about_tokens = word_stats(words, spelled, m), token_stats(tokens, lexicon, m)
         next_stats = token_stats(following, lexicon, m)
-        positions = s.positions[index] / np.maximum(1, s.fired[index, None])
-        early = positions[:, :_EARLY_BINS].sum(axis=1)
+        places = s.positions[index] / np.maximum(1, s.fired[index, None])
+        positions = places / self.places
+        early = places[:, :_EARLY_BINS].sum(axis=1)
         early = (early >= _EARLY) & (early >= _EARLY_LIFT * self.early)
         activations = histograms(s.histograms.edges(index), s.histograms.counts[index])
         kept = company(words, windows, top.rows, top.activations, lexicon, m)
@@ -180,13 +177,3 @@ class _Maker:
                 **of_weights[i],
             )
             yield Entry(feature, texts(feature, around[i]))
-
-
-def _completions(statistics: Statistics, lexicon: Lexicon) -> Parts:
-    """What words tokens are part of, over windows spread over all features."""
-    values = statistics.examples.values
-    features = np.flatnonzero(statistics.fired > 0)
-    # Some windows of many features, rather than all of a few.
-    features = features[:: max(1, len(features) * values.shape[1] // _WINDOWS)]
-    found = statistics.examples.rows(features)
-    return completions(lexicon.read(found.tokens[found.values > 0]))

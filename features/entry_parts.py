@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saesteer.features.examples import Examples
-from saesteer.features.firing_words import Tokens, Words
+from saesteer.features.firing_words import Words
+from saesteer.features.histogram import Histograms
 from saesteer.features.records import Example, Histogram, Neighbour, TokenStat, WordStat
-from saesteer.features.sample import deciles
 from saesteer.features.tally import TokenTally, rank_in_group
 from saesteer.features.weights import WeightChunk
 from saesteer.features.words_in import NONE, Lexicon
@@ -38,11 +38,16 @@ class Shown(NamedTuple):
     activations: NDArray[np.float32]
 
     @classmethod
-    def of(cls, examples: Examples, index: NDArray[np.int64], *, sampled: bool = False) -> "Shown":
+    def of(
+        cls, examples: Examples, index: NDArray[np.int64], every: Histograms | None = None
+    ) -> "Shown":
+        """every: of all activations, for examples that are a sample of them; None: the top."""
         found = examples.rows(index)
         there = found.values > 0
         row = np.nonzero(there)[0]
-        groups = deciles(found.values)[there].tolist() if sampled else ["top"] * len(row)
+        groups: list[Any] = ["top"] * len(row)
+        if every is not None:
+            groups = every.tenths(index[row], found.values[there]).tolist()
         return cls(
             row,
             groups,
@@ -55,11 +60,16 @@ class Shown(NamedTuple):
         )
 
 
-class CountedTokens(NamedTuple):
-    """Tokens of some features, heaviest first, and how often each was seen, [k]."""
+class Tokens(NamedTuple):
+    """Tokens on which features fire, [k] each, each row's heaviest first: the feature's row, and
+    what `TokenStat` has."""
 
-    tokens: Tokens
+    rows: NDArray[np.int64]
+    ids: NDArray[np.int64]
+    share: NDArray[np.float64]
     counts: NDArray[np.int64]
+    lift: NDArray[np.float64]
+    base: NDArray[np.float64]
 
 
 def heaviest(
@@ -69,7 +79,7 @@ def heaviest(
     fired: NDArray[np.int64],
     mass: NDArray[np.int64],
     most: int,
-) -> CountedTokens:
+) -> Tokens:
     """The heaviest tokens of consecutive features, as `TokenStat` has them.
 
     every [vocab]: how often each token occurred; fired, mass [d_sae]: the sums that shares are of.
@@ -85,15 +95,14 @@ def heaviest(
     base = every[token] / every.sum()
     share = weights[order] / np.maximum(1, mass[feature])
     lift = counts / fired[feature] / base
-    return CountedTokens(Tokens(feature - index[0], token, share, lift, base), counts)
+    return Tokens(feature - index[0], token, share, counts, lift, base)
 
 
-def token_stats(found: CountedTokens, lexicon: Lexicon, m: int) -> list[tuple[TokenStat, ...]]:
-    tokens = found.tokens
+def token_stats(found: Tokens, lexicon: Lexicon, m: int) -> list[tuple[TokenStat, ...]]:
     columns = (
-        tokens.ids, lexicon.texts(tokens.ids), tokens.share, found.counts, tokens.lift, tokens.base
+        found.ids, lexicon.texts(found.ids), found.share, found.counts, found.lift, found.base
     )  # fmt: skip
-    return by_row(tokens.rows, list(map(TokenStat, *(x.tolist() for x in columns))), m)
+    return by_row(found.rows, list(map(TokenStat, *(x.tolist() for x in columns))), m)
 
 
 def word_stats(words: Words, spelled: Sequence[str], m: int) -> list[tuple[WordStat, ...]]:

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 BINS = 32
+TENTHS = 10
 # The exponent of a feature that never fired: below that of any activation.
 _NONE = -(2**15)
 
@@ -61,6 +62,19 @@ class Histograms:
         # Of so low an exponent as stands for "never" it is 0.
         top = np.ldexp(1.0, self.exponents[features].astype(np.int32))
         return top[:, None] * (np.arange(BINS + 1) / BINS)
+
+    def tenths(self, features: NDArray[np.int64], values: NDArray[np.float32]) -> NDArray[np.int64]:
+        """In which tenth of its feature's activations each value lies, from 0 to 9 (highest), [n].
+
+        Within a bin activations are taken to be spread evenly.
+        """
+        counts = self.counts[features].astype(np.float64)
+        place = np.ldexp(values.astype(np.float64), 5 - self.exponents[features].astype(np.int32))
+        whole = np.minimum(place.astype(np.int64), BINS - 1)
+        line = np.arange(len(values))
+        below = np.cumsum(counts, axis=1)[line, whole] - (1 - (place - whole)) * counts[line, whole]
+        total = counts.sum(axis=1)
+        return np.minimum((TENTHS * below / total).astype(np.int64), TENTHS - 1)
 
     def _grow(self, which: NDArray[np.int64], exponents: NDArray[np.int16]) -> None:
         grown = np.flatnonzero(exponents > self.exponents[which])

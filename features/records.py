@@ -36,7 +36,11 @@ class TokenStat:
 
 @dataclass(frozen=True)
 class WordStat:
-    """A whole word on which a feature fires; fields as in `TokenStat`."""
+    """A whole word on which a feature fires, an occurrence of several tokens counted as one.
+
+    share: of the feature's activation mass; lift: P(fires | word) / density; base: P(word) among
+    all words counted.
+    """
 
     text: str
     share: float
@@ -106,8 +110,9 @@ class Feature:
     example; label_source: "evidence" or "judge"; label_score: the judge's, 0 to 1; output_score:
     how much adding it raises what it promotes; own_effect: how much it raises what it fires on;
     token_set: the set of tokens that it promotes most, by token_set_score; promotes, suppresses:
-    (token text, logit); positions: share of its firings by the place in the context, in powers of
-    two; note: the user's own, None where there is none.
+    (token text, logit); positions: its density by the place in the context (0; 1; 2 and 3; 4 to 7;
+    …) over its density anywhere, 0 where there is no token; note: the user's own, None where there
+    is none.
     """
 
     id: int

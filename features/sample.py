@@ -6,7 +6,6 @@ from numpy.typing import NDArray
 from saesteer.features.examples import Examples
 from saesteer.features.tally import rank_in_group
 
-TENTHS = 10
 # Features worked on at a time.
 _FEATURES = 2**15
 
@@ -57,18 +56,3 @@ def ceilings(sample: Examples) -> NDArray[np.uint64]:
         keys = firing_keys(token_keys(sample.contexts[part], sample.positions[part]), part[:, None])
         found[part] = keys.max(1)
     return found
-
-
-def deciles(values: NDArray[np.float32]) -> NDArray[np.int8]:
-    """In which tenth of its feature's activations each of a sample lies, from 0 to 9 (highest).
-
-    Args:
-        values: [m, n], each row from high to low; 0 where there are fewer than n.
-
-    Returns:
-        [m, n]; −1 where there is no value. With fewer than ten values some tenths stay empty.
-    """
-    there = values > 0
-    size = there.sum(1, keepdims=True)
-    tenth = (TENTHS * np.arange(values.shape[1])) // np.maximum(1, size)
-    return np.where(there, TENTHS - 1 - tenth, -1).astype(np.int8)

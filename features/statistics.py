@@ -17,9 +17,12 @@ from saesteer.features.examples import Examples, Firings, Window, strongest
 from saesteer.features.histogram import Histograms
 from saesteer.features.sample import ceilings, firing_keys, smallest_hashes, token_keys
 from saesteer.features.tally import UNIT, TokenTally
+from saesteer.features.words_in import NONE, WORDS
 
 # Bins of a token's place in its context: 0; 1; 2 and 3; 4 to 7; …; from 1024 on.
 PLACES = 12
+# Different words of the text that are told apart: past it the rarest are forgotten.
+_MOST_WORDS = 2**20
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,9 @@ class Statistics:
     fired [d_sae]: tokens on which a feature fired; mass [d_sae]: the sum of its activations, in
     units of 2^-20; next_fired, next_mass [d_sae]: the same over tokens that have a next one;
     positions [d_sae, PLACES]: its firings by place; tally, next_tally: by token and by next one.
+    words: its firings by whole word, an occurrence counted once; word_counts: occurrences of each
+    word, as of one feature that fires on all, each worth a mass of 1; both by the words' hashes,
+    which spellings have.
     examples: its strongest contexts; sample: firings drawn fairly; token_sample: what fired on
     tokens drawn fairly.
     """
@@ -72,6 +78,9 @@ class Statistics:
     histograms: Histograms
     tally: TokenTally
     next_tally: TokenTally
+    words: TokenTally
+    word_counts: TokenTally
+    spellings: dict[int, str]
     examples: Examples
     sample: Examples
     token_sample: TokenSample
@@ -94,6 +103,9 @@ class Statistics:
             Histograms.empty(n),
             TokenTally.empty(n, vocab),
             TokenTally.empty(n, vocab),
+            TokenTally.empty(n, WORDS),
+            TokenTally.empty(1, WORDS, _MOST_WORDS),
+            {},
             Examples.empty(n, settings.top_contexts, settings.window, vocab),
             Examples.empty(n, settings.sampled, settings.window, vocab),
             TokenSample.empty(),
@@ -157,6 +169,9 @@ class Statistics:
         self.histograms.absorb(other.histograms)
         self.tally.absorb(other.tally)
         self.next_tally.absorb(other.next_tally)
+        self.words.absorb(other.words)
+        self.word_counts.absorb(other.word_counts)
+        self.spellings |= other.spellings
         for firings in other.examples.firings():
             self.examples.absorb(firings, strongest)
         for firings in other.sample.firings():
@@ -168,6 +183,11 @@ class Statistics:
         """Put what is kept into its order, as readers expect it."""
         self.tally.settle()
         self.next_tally.settle()
+        self.words.settle()
+        self.word_counts.settle()
+        if len(self.spellings) > len(self.word_counts.keys):
+            kept = set(self.word_counts.keys.tolist())
+            self.spellings = {key: word for key, word in self.spellings.items() if key in kept}
         self.examples.sort()
         self.sample.sort()
         self.token_sample.settle()
@@ -190,6 +210,8 @@ class Statistics:
         self.token_counts += np.bincount(tokens[counts], minlength=vocab_size)
         self.next_counts += np.bincount(following[has_next], minlength=vocab_size)
         self.position_counts += np.bincount(place[counts], minlength=PLACES)
+        occurring = np.sort(block.words[block.begins])
+        self.word_counts.add(occurring, np.ones_like(occurring))
 
         sizes = np.bincount(block.rows, minlength=len(tokens)).astype(np.int32)
         hashes = token_keys(np.repeat(block.contexts, length), position)
@@ -230,6 +252,7 @@ class Statistics:
         found = np.bincount(line, minlength=len(which) * PLACES)
         self.positions[which] += found.reshape(-1, PLACES)
         self.tally.add(keys[order], mass)
+        self._count_words(block)
 
         followed = has_next[rows]
         if not followed.any():
@@ -241,6 +264,25 @@ class Statistics:
         keys = features * self.settings.vocab_size + following[rows]
         order = np.argsort(keys)
         self.next_tally.add(keys[order], mass[order])
+
+    def _count_words(self, block: Block) -> None:
+        """Add up a block's firings by word, those on the tokens of one occurrence as one."""
+        word = block.words.reshape(-1)[block.rows]
+        inside = word != NONE
+        rows, features = block.rows[inside], block.features[inside]
+        mass = np.rint(block.values[inside] / UNIT).astype(np.int64)
+        occurrence = (np.cumsum(block.begins) - 1)[rows]
+        # Firings are ordered by row: only words of several tokens need another order.
+        order = np.lexsort((features, occurrence))
+        features, occurrence = features[order], occurrence[order]
+        if len(order) == 0:
+            return
+        other = (np.diff(features, prepend=-1) != 0) | (np.diff(occurrence, prepend=-1) != 0)
+        new = np.flatnonzero(other)
+        keys = features[new] * WORDS + word[inside][order][new]
+        mass = np.add.reduceat(mass[order], new)
+        order = np.argsort(keys)
+        self.words.add(keys[order], mass[order])
 
 
 def _groups(features: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

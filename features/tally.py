@@ -25,7 +25,7 @@ class TokenTally:
     feature fired; mass [m] int64: the sum of its activations there, in units of 2^-20; slack
     [d_sae] int64: what a token's mass can lack at most, 0 where the feature's pairs are exact.
 
-    Memory is bounded. Over a limit, 128 pairs a feature where there are under 2^18 of them, each
+    Memory is bounded. Over `most` pairs, 128 a feature where there are under 2^18 of them, each
     feature keeps the `keep` heaviest tokens, half the limit, and loses from each the mass of the
     next one, which is added to its slack (Misra and Gries 1982; merging as Agarwal et al. 2012,
     "Mergeable summaries"). So a token's mass is low by at most the slack, whatever was merged in
@@ -39,6 +39,7 @@ class TokenTally:
     mass: NDArray[np.int64]
     slack: NDArray[np.int64]
     vocab_size: int
+    most: int
     waiting: list[Pairs] = field(default_factory=list)
 
     @property
@@ -46,9 +47,10 @@ class TokenTally:
         return len(self.slack)
 
     @classmethod
-    def empty(cls, d_sae: int, vocab_size: int) -> "TokenTally":
+    def empty(cls, d_sae: int, vocab_size: int, most: int | None = None) -> "TokenTally":
         none = np.zeros(0, np.int64)
-        return cls(none, none, none, np.zeros(d_sae, np.int64), vocab_size)
+        most = most or min(max(_PAIRS_A_FEATURE * d_sae, _LEAST_PAIRS), _MOST_PAIRS)
+        return cls(none, none, none, np.zeros(d_sae, np.int64), vocab_size, most)
 
     def add(self, keys: NDArray[np.int64], mass: NDArray[np.int64]) -> None:
         """Take in single firings [nnz], their keys sorted, in place."""
@@ -72,9 +74,8 @@ class TokenTally:
         # Sorted runs: a stable sort merges them without sorting each again.
         order = np.argsort(keys, kind="stable")
         self.keys, self.counts, self.mass = _summed(keys[order], counts[order], mass[order])
-        limit = min(max(_PAIRS_A_FEATURE * self.d_sae, _LEAST_PAIRS), _MOST_PAIRS)
-        if len(self.keys) > limit:
-            self._prune(max(1, limit // (2 * self.d_sae)))
+        if len(self.keys) > self.most:
+            self._prune(max(1, self.most // (2 * self.d_sae)))
 
     def heaviest_first(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Indices into the pairs, feature by feature, heaviest first; and each one's rank there."""

@@ -93,7 +93,7 @@ def words_in(pieces: Sequence[str]) -> list[str]:
     words: list[str] = []
     start = 0
     for stop in range(1, len(pieces) + 1):
-        if stop == len(pieces) or not _glued(pieces[stop - 1], pieces[stop]):
+        if stop == len(pieces) or not glued(pieces[stop - 1], pieces[stop]):
             words += _words_of_run(pieces[start:stop])
             start = stop
     return words
@@ -112,7 +112,7 @@ def _words_of_run(pieces: Sequence[str]) -> list[str]:
         while next_ < len(matches) and matches[next_][1] <= begin:
             next_ += 1
         word = piece.strip() or piece
-        if next_ < len(matches) and _WORD.search(piece):
+        if next_ < len(matches) and matches[next_][0] < begin + len(piece):
             first, last = matches[next_]
             if last - first <= _LONGEST:
                 word = "".join(pieces)[first:last]
@@ -121,7 +121,7 @@ def _words_of_run(pieces: Sequence[str]) -> list[str]:
     return words
 
 
-def _glued(one: str, two: str) -> bool:
+def glued(one: str, two: str) -> bool:
     """Whether a word may run from the end of one piece into the next."""
     if not one or not two:
         return True

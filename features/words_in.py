@@ -4,17 +4,20 @@ A feature has dozens of windows of dozens of tokens, and an index a million feat
 is decided once a token, or once a run of tokens that spell one, and looked up from then on.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from saesteer.features.words import BROKEN, Pieces, inner, words_in
+from saesteer.features.words import BROKEN, Pieces, glued, inner, words_in
 
 # What stands in a window where there is no token, and what has no word.
 NONE = -1
 # Words, and runs of tokens that make words, remembered between two calls of `forget`.
 _REMEMBERED = 2**20
+# Words are counted by a hash below this: two of a million have the same once in ten texts.
+WORDS = 2**42
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,15 @@ class Windows:
     pieces: NDArray[np.object_]
 
 
+@dataclass(frozen=True)
+class Occurrences:
+    """words [n, w]: the hash of the whole word that each token is part of, NONE where there is
+    none; begins [n, w]: whether an occurrence of a word begins there."""
+
+    words: NDArray[np.int64]
+    begins: NDArray[np.bool_]
+
+
 class Lexicon:
     """Numbers for words, and the words in windows of tokens as `words_in` finds them."""
 
@@ -35,6 +47,7 @@ class Lexicon:
         self.words: list[str] = []
         self._numbers: dict[str, int] = {}
         self._keys: list[int] = []
+        self._hashes: list[int] = []
         self._runs: dict[bytes, list[int]] = {}
         # By token id: text, its word where it stands alone, whether a word may go on before its
         # first and after its last character, and whether it must be read with its neighbours.
@@ -51,6 +64,7 @@ class Lexicon:
             found = self._numbers[word] = len(self.words)
             self.words.append(word)
             self._keys.append(found)
+            self._hashes.append(hashed(word))
             folded = word.casefold()
             if folded != word:
                 self._keys[found] = self.number(folded)
@@ -80,18 +94,56 @@ class Lexicon:
     def read(self, ids: NDArray[np.integer]) -> Windows:
         """The word of each token of windows [n, w] of consecutive tokens."""
         pieces = self.spelled(ids)
-        inside, safe = ids >= 0, np.maximum(ids, 0)
-        words = np.where(inside, self._alone[safe], NONE)
-        on = np.zeros(ids.shape, bool)  # whether a word may go on from here into the next token
-        on[:, :-1] = inside[:, :-1] & inside[:, 1:]
-        on[:, :-1] &= self._last[safe[:, :-1]] & self._first[safe[:, 1:]]
+        inside = ids >= 0
+        on = self._going_on(ids)
         odd = self._odd_windows(ids)
         on[odd] = False
+        words = np.where(inside, self._alone[np.maximum(ids, 0)], NONE)
         self._read_runs(ids, on, words)
         for i in odd:
             at = np.flatnonzero(inside[i])
             words[i, at] = [self.number(word) for word in words_in(pieces[i, at].tolist())]
         return Windows(ids.astype(np.int64), words, pieces)
+
+    def occurrences(
+        self,
+        ids: NDArray[np.integer],
+        documents: NDArray[np.integer],
+        spellings: dict[int, str],
+    ) -> Occurrences:
+        """The occurrences of words in contexts of consecutive tokens, both [n, w].
+
+        A word ends with its document. One that reaches the end of its context may be cut off
+        there, and is left out.
+
+        Args:
+            ids: NONE where a token isn't text.
+            spellings: hash -> word; those that occur are added, in place.
+        """
+        self._learn(ids)
+        inside = ids >= 0
+        safe = np.maximum(ids, 0)
+        on = self._going_on(ids)
+        on[:, :-1] &= documents[:, :-1] == documents[:, 1:]
+        odd = self._odd_windows(ids)
+        on[odd] = False
+        words = np.where(inside, self._alone[safe], NONE)
+        self._read_runs(ids, on, words)
+        for i in odd:
+            on[i] = self._read_odd(ids[i], documents[i], words[i])
+        goes_on = np.zeros_like(on)  # the occurrence before goes on here
+        goes_on[:, 1:] = on[:, :-1] & (words[:, 1:] == words[:, :-1])
+        # From the end of each context back to where its last word begins.
+        last = self._last[safe[:, -1]] & inside[:, -1]
+        start = ids.shape[1] - 1 - np.argmin(goes_on[:, ::-1], axis=1)
+        words[last[:, None] & (np.arange(ids.shape[1]) >= start[:, None])] = NONE
+        some, where = np.unique(words, return_inverse=True)
+        hashes = [self._hashes[i] if i >= 0 else NONE for i in some.tolist()]
+        spellings.update(
+            (key, self.words[i]) for key, i in zip(hashes, some.tolist(), strict=True) if i >= 0
+        )
+        found = np.array(hashes, np.int64)[where].reshape(ids.shape)
+        return Occurrences(found, (found != NONE) & ~goes_on)
 
     def forget(self, keep: int) -> None:
         """Where many words are remembered, forget all but the first `keep`: a bound on memory."""
@@ -99,14 +151,43 @@ class Lexicon:
             return
         # A word's key may have a larger number than the word: it is found again.
         kept = self.words[:keep]
-        self.words, self._keys, self._numbers, self._runs = [], [], {}, {}
+        self.words, self._keys, self._hashes = [], [], []
+        self._numbers, self._runs = {}, {}
         self._alone[:] = NONE
         for word in kept:
             self._numbers[word] = len(self.words)
             self.words.append(word)
             self._keys.append(NONE)
+            self._hashes.append(hashed(word))
         for i, word in enumerate(kept):
             self._keys[i] = self.number(word.casefold())
+
+    def _going_on(self, ids: NDArray[np.integer]) -> NDArray[np.bool_]:
+        """Whether a word may go on from a token into the next, [n, w]."""
+        inside, safe = ids >= 0, np.maximum(ids, 0)
+        on = np.zeros(ids.shape, bool)
+        on[:, :-1] = inside[:, :-1] & inside[:, 1:]
+        on[:, :-1] &= self._last[safe[:, :-1]] & self._first[safe[:, 1:]]
+        return on
+
+    def _read_odd(
+        self, ids: NDArray[np.integer], documents: NDArray[np.integer], words: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
+        """Fill in, in place, the words of a context [w] with characters of several tokens; whether
+        each goes on into the next token."""
+        on = np.zeros(len(ids), bool)
+        edges = np.flatnonzero((ids[1:] < 0) | (ids[:-1] < 0) | (documents[1:] != documents[:-1]))
+        for part in np.split(np.arange(len(ids)), edges + 1):
+            if ids[part[0]] < 0:
+                continue
+            pieces = self.pieces.window(ids[part].tolist())
+            numbers = [self.number(word) for word in words_in(pieces)]
+            for i, piece in enumerate(pieces):
+                if i and not piece:  # the rest of a character: of the word that has it
+                    numbers[i] = numbers[i - 1]
+                on[part[i - 1]] |= i > 0 and (not piece or glued(pieces[i - 1], piece))
+            words[part] = numbers
+        return on
 
     def _odd_windows(self, ids: NDArray[np.integer]) -> list[int]:
         odd = self._odd[np.maximum(ids, 0)] & (ids >= 0)
@@ -143,6 +224,12 @@ class Lexicon:
             self._odd[i] = not text or BROKEN in text
             self._first[i] = inner(text[:1]) if text else False
             self._last[i] = inner(text[-1:]) if text else False
+
+
+def hashed(word: str) -> int:
+    """A word's hash, the same in every process: 0 to WORDS − 1."""
+    digest = hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % WORDS
 
 
 def beside(

@@ -17,7 +17,7 @@ from saesteer.directions import Direction, mean_difference
 from saesteer.directions.pairs import read_pairs
 from saesteer.effects import planted_recovery
 from saesteer.errors import ConfigError
-from saesteer.features.build import vocab_size, write_index
+from saesteer.features.build import lexicon, write_index
 from saesteer.features.checkpoint import Checkpoint, gathered
 from saesteer.features.collect import collect
 from saesteer.features.search import Index
@@ -192,7 +192,7 @@ def index(
                 batches(run, text, n_tokens, held_out=False, first=first, ranks=ranks),
                 run.sae,
                 special_ids=run.special_ids,
-                vocab_size=vocab_size(run.model, run.tokenizer),
+                lexicon=lexicon(run.model, run.tokenizer),
                 top_contexts=top,
                 n_tokens=n_tokens // ranks.size,
                 checkpoint=own,

@@ -6,9 +6,12 @@ import torch
 from saesteer.core.model import HookPoint, unembedding
 from saesteer.core.sae import Sae
 from saesteer.core.shards import ContextBatch
-from tests.tiny import BOS, WIDTH, tiny_model, tiny_tokenizer
+from saesteer.features.words import Pieces
+from saesteer.features.words_in import Lexicon
+from tests.tiny import BOS, VOCAB, WIDTH, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
+LEXICON = Lexicon(Pieces(TOKENIZER), VOCAB)
 SEA_WORDS = ["sea", "wave", "fish", "boat", "sail", "harbour"]
 LAND_WORDS = ["tree", "garden", "bird", "road", "hill", "stone"]
 COMMON = ["the", "a", "saw", "liked", "."]

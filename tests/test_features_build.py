@@ -20,6 +20,7 @@ from tests.sea_and_land import (
     BOAT,
     DEAD,
     LAND,
+    LEXICON,
     SEA,
     SEA_WORDS,
     THE,
@@ -28,7 +29,7 @@ from tests.sea_and_land import (
     some_batches,
     word_id,
 )
-from tests.tiny import BOS, VOCAB, tiny_model
+from tests.tiny import BOS, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def test_promoted_tokens_are_the_lens(index: Index) -> None:
 
 def test_merged_statistics_make_the_same_index(index: Index, tmp_path: Path) -> None:
     parts = [
-        collect(batches, an_sae(), special_ids=[0, 1, 2, 3], vocab_size=VOCAB)
+        collect(batches, an_sae(), special_ids=[0, 1, 2, 3], lexicon=LEXICON)
         for batches in (some_batches()[:2], some_batches()[2:])
     ]
     path = tmp_path / "merged.sqlite"

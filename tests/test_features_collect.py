@@ -1,5 +1,7 @@
 """The one pass that collects what features fire on, against loops written out by hand."""
 
+from collections import Counter
+from collections.abc import Iterable
 from copy import deepcopy
 
 import numpy as np
@@ -17,9 +19,22 @@ from saesteer.features.examples import NO_TOKEN, Rows
 from saesteer.features.sample import firing_keys, token_keys
 from saesteer.features.statistics import PLACES
 from saesteer.features.tally import UNIT
+from saesteer.features.words_in import WORDS, Lexicon, hashed
 
 VOCAB, D, D_SAE, LENGTH = 23, 6, 40, 12
 SPECIAL = (0, 1)
+
+
+class Spelled:
+    """Tokens of made-up words: every third is glued to the one before, every seventh is a stop."""
+
+    def texts(self, ids: Iterable[int]) -> list[str]:
+        return ["." if i % 7 == 0 else f"x{i}" if i % 3 == 0 else f" w{i}" for i in ids]
+
+    window = texts
+
+
+LEXICON = Lexicon(Spelled(), VOCAB)  # type: ignore[arg-type]
 
 
 def an_sae(seed: int = 0, *, k: int = 4) -> Sae:
@@ -55,7 +70,7 @@ def some_batches(n_contexts: int, *, batch: int = 3, seed: int = 0) -> list[Cont
 
 
 def collected(batches: list[ContextBatch], sae: Sae, **kwargs: int) -> Statistics:
-    return collect(batches, sae, special_ids=SPECIAL, vocab_size=VOCAB, **kwargs)
+    return collect(batches, sae, special_ids=SPECIAL, lexicon=LEXICON, **kwargs)
 
 
 def dense(batches: list[ContextBatch], sae: Sae) -> tuple[np.ndarray, ...]:
@@ -75,6 +90,7 @@ def assert_same(one: Statistics, other: Statistics) -> None:
     theirs = {path: getattr(part, name) for path, part, name in arrays(other)}
     for path, part, name in arrays(one):
         np.testing.assert_array_equal(getattr(part, name), theirs[path], err_msg=path)
+    assert one.spellings == other.spellings
 
 
 @pytest.fixture
@@ -100,6 +116,54 @@ def test_numbers_equal_those_of_a_dense_code() -> None:
     mean = codes.sum((0, 1)) / np.maximum(1, (codes > 0).sum((0, 1)))
     np.testing.assert_allclose(found.mean_act, mean, rtol=1e-5)
     np.testing.assert_array_equal(found.token_counts, np.bincount(tokens[counted], minlength=VOCAB))
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_words_are_counted_once_an_occurrence() -> None:
+    sae, batches = an_sae(), some_batches(40)
+    found = collected(batches, sae)
+    tokens, documents, codes = dense(batches, sae)
+    spelled = Spelled().texts(range(VOCAB))
+    occurred: Counter[str] = Counter()
+    fired: Counter[tuple[int, str]] = Counter()
+    mass: Counter[tuple[int, str]] = Counter()
+    for c in range(len(tokens)):
+        runs: list[list[int]] = []
+        for s in range(LENGTH):
+            if tokens[c, s] in SPECIAL:
+                continue
+            piece = spelled[tokens[c, s]]
+            before = spelled[tokens[c, s - 1]] if s else ""
+            goes_on = (
+                s > 0
+                and tokens[c, s - 1] not in SPECIAL
+                and documents[c, s] == documents[c, s - 1]
+                and piece[0] == "x"
+                and before != "."
+            )
+            if goes_on:
+                runs[-1].append(s)
+            else:
+                runs.append([s])
+        # What may be cut off at the end of a context is no whole word.
+        if runs and runs[-1][-1] == LENGTH - 1 and spelled[tokens[c, -1]] != ".":
+            runs.pop()
+        for run in runs:
+            word = "".join(spelled[t] for t in tokens[c, run]).strip()
+            occurred[word] += 1
+            for f in np.flatnonzero((codes[c, run] > 0).any(0)).tolist():
+                fired[f, word] += 1
+                mass[f, word] += int(np.rint(codes[c, run, f].astype(np.float64) / UNIT).sum())
+    assert max(word.count("x") for word in occurred) > 1
+    spellings = found.spellings
+    counts = {
+        spellings[k]: n for k, n in zip(found.word_counts.keys, found.word_counts.mass, strict=True)
+    }
+    assert counts == occurred
+    pairs = [(k // WORDS, spellings[k % WORDS]) for k in found.words.keys.tolist()]
+    assert dict(zip(pairs, found.words.counts.tolist(), strict=True)) == fired
+    assert dict(zip(pairs, found.words.mass.tolist(), strict=True)) == mass
+    assert all(key == hashed(word) for key, word in spellings.items())
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -218,7 +282,7 @@ def test_the_sample_is_drawn_by_hash() -> None:
 
 def test_special_tokens_do_not_count() -> None:
     sae, batches = an_sae(), some_batches(10)
-    with_bos = collect(batches, sae, special_ids=(), vocab_size=VOCAB)
+    with_bos = collect(batches, sae, special_ids=(), lexicon=LEXICON)
     without = collected(batches, sae)
     assert without.max_act.max() < with_bos.max_act.max() / 5
     assert with_bos.n_tokens == 10 * LENGTH > without.n_tokens
@@ -277,7 +341,7 @@ def test_bad_input_is_refused_in_one_line() -> None:
     with pytest.raises(IndexingError, match="no token to index"):
         collected([only_bos], sae)
     with pytest.raises(IndexingError, match="vocabulary of 5"):
-        collect(batches, sae, special_ids=(), vocab_size=5)
+        collect(batches, sae, special_ids=(), lexicon=Lexicon(LEXICON.pieces, 5))
     batches[0].activations[1, 3, 2] = torch.nan
     with pytest.raises(IndexingError, match="contexts 0 to 1 hold NaN"):
         collected(batches, sae)

@@ -21,6 +21,7 @@ from tests.sea_and_land import (
     DEAD,
     LAND,
     LAND_WORDS,
+    LEXICON,
     SEA,
     THE,
     TOKENIZER,
@@ -34,7 +35,7 @@ SPECIAL = range(4)
 
 
 def collected(batches: list[ContextBatch]) -> Statistics:
-    return collect(batches, an_sae(), special_ids=SPECIAL, vocab_size=VOCAB)
+    return collect(batches, an_sae(), special_ids=SPECIAL, lexicon=LEXICON)
 
 
 def described() -> list[WeightChunk]:
@@ -64,7 +65,10 @@ def test_a_record_holds_what_was_counted() -> None:
     shares = [stat.share for stat in the.next_tokens]
     assert shares == sorted(shares, reverse=True)
     places = np.array([int(p).bit_length() for p in np.nonzero(tokens == word_id("the"))[1]])
-    expected = np.bincount(places, minlength=len(the.positions)) / len(places)
+    every = np.array([int(p).bit_length() for p in np.nonzero(tokens != BOS)[1]])
+    n, size = len(the.positions), (len(places), len(every))
+    expected = np.bincount(places, minlength=n) / size[0]
+    expected /= np.maximum(1, np.bincount(every, minlength=n)) / size[1]
     np.testing.assert_allclose(the.positions, expected, rtol=1e-4)
     for feature in (sea, boat, the):
         assert feature.activations is not None
@@ -78,7 +82,11 @@ def test_a_record_holds_what_was_counted() -> None:
         assert {n.feature for n in feature.neighbours} == set(range(5)) - {feature.id}
         drawn = [e for e in feature.examples if e.group != "top"]
         assert len(drawn) == 30
-        assert {e.group for e in drawn} == set(range(10))
+        x = torch.cat([batch.activations for batch in some_batches()])[:, 1:]
+        every = an_sae().encode(x).dense(5)[:, feature.id]
+        for e in drawn:
+            below = float((every[every > 0] < e.value).float().mean())
+            assert isinstance(e.group, int) and abs(e.group + 0.5 - 10 * below) < 1
         assert [e.value for e in drawn] == sorted((e.value for e in drawn), reverse=True)
         assert [e.group for e in drawn] == sorted((e.group for e in drawn), reverse=True)
         for example in feature.examples:

@@ -1,128 +1,171 @@
 """The words that features fire on: many features at a time, as one by one."""
 
-from collections import defaultdict
+from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saesteer.features.firing_words import Parts, Tokens, company, completions, firing_words
+from saesteer.core.sae import Codes
+from saesteer.core.shards import ContextBatch
+from saesteer.features import statistics as module
+from saesteer.features.collect import collect
+from saesteer.features.firing_words import Words, WordTable, company, firing_words
+from saesteer.features.statistics import Statistics
+from saesteer.features.tally import UNIT
 from saesteer.features.words import Pieces
-from saesteer.features.words_in import Lexicon
+from saesteer.features.words_in import NONE, Lexicon
 from tests.three_tokenizers import CASES, TOKENIZERS
 
+D_SAE = 5
 
-def slowly(tokens: Tokens, windows, rows, activations, lexicon: Lexicon, seen) -> dict:
-    """`firing_words`, token by token: row -> {word's key: [share, fires, base]}, and spellings."""
-    own: dict = defaultdict(lambda: defaultdict(float))
-    for row, ids, words, acts in zip(rows, windows.ids, windows.words, activations, strict=True):
-        for token, word, act in zip(ids, words, acts, strict=True):
-            if act > 0:
-                own[row, token][lexicon.words[word]] += act
-    found: dict = defaultdict(lambda: defaultdict(lambda: np.zeros(3)))
-    spelled: dict = defaultdict(lambda: defaultdict(float))
-    for row, token, share, lift, base in zip(
-        tokens.rows, tokens.ids, tokens.share, tokens.lift, tokens.base, strict=True
-    ):
-        text = lexicon.pieces.texts([int(token)])[0]
-        parts = own.get((row, token)) or seen.get(token) or {text.strip() or text: 1.0}
-        for word, weight in parts.items():
-            part = weight / sum(parts.values())
-            key = word.casefold()
-            found[row][key] += part * np.array([share, lift * base, base])
-            spelled[row, key][word] += part * share
-    return {"words": found, "spelled": spelled}
+
+class Given:
+    """An encoder whose codes are the activations."""
+
+    d_sae = D_SAE
+
+    def encode(self, x: torch.Tensor) -> Codes:
+        rows, latents = torch.nonzero(x.reshape(-1, D_SAE), as_tuple=True)
+        values = x.reshape(-1, D_SAE)[rows, latents]
+        return Codes(rows, latents, values, x.shape[0] * x.shape[1])
+
+
+def collected(tokens: np.ndarray, activations: np.ndarray, lexicon: Lexicon) -> Statistics:
+    """Statistics of contexts [c, s], each a document, and activations [c, s, D_SAE]."""
+    documents = np.repeat(np.arange(len(tokens), dtype=np.int32)[:, None], tokens.shape[1], 1)
+    x = torch.from_numpy(activations.astype(np.float32))
+    batch = ContextBatch(tokens.astype(np.int32), documents, x, 0)
+    return collect([batch], Given(), special_ids=(), lexicon=lexicon)
+
+
+def of(statistics: Statistics, lexicon: Lexicon, *, most: int = 99) -> Words:
+    every = np.arange(D_SAE)
+    return firing_words(statistics, WordTable.of(statistics), every, lexicon, most=most)
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(kind=st.sampled_from(list(TOKENIZERS)), seed=st.integers(0, 10_000))
-def test_words_are_as_added_up_one_by_one(kind: str, seed: int) -> None:
+def test_words_are_as_counted_one_by_one(kind: str, seed: int) -> None:
     pieces, size = CASES[kind]
     rng = np.random.default_rng(seed)
     few = rng.choice(size, 8, replace=False) if size > 8 else np.arange(size)
+    tokens = rng.choice(few, (6, 9))
+    acts = np.maximum(rng.normal(size=(6, 9, D_SAE)) - 0.5, 0).astype(np.float32)
     lexicon = Lexicon(pieces, size)
-    everywhere = lexicon.read(rng.choice(few[: len(few) // 2 + 1], (4, 5)))
-    seen: dict = defaultdict(lambda: defaultdict(float))
-    for ids, words in zip(everywhere.ids, everywhere.words, strict=True):
-        for token, word in zip(ids[:-1], words[:-1], strict=True):
-            seen[token][lexicon.words[word]] += 1
-    m = 3
-    rows = np.sort(rng.integers(0, m, 6))
-    windows = lexicon.read(rng.choice(few, (6, 5)))
-    activations = np.maximum(rng.normal(size=(6, 5)), 0)
-    ids = np.concatenate([np.sort(rng.choice(few, 4, replace=False)) for _ in range(m)])
-    tokens = Tokens(
-        np.repeat(np.arange(m), 4), ids, rng.random(12), 5 * rng.random(12), rng.random(12) / 9
-    )
-    found = firing_words(
-        tokens, windows, rows, activations, completions(everywhere), lexicon, most=99
-    )
-    expected = slowly(tokens, windows, rows, activations, lexicon, seen)
-    for row in range(m):
-        mine = found.rows == row
-        keys = [lexicon.words[k] for k in found.keys[mine]]
-        words = expected["words"][row]
-        assert sorted(keys) == sorted(words)
-        assert (np.diff(found.share[mine]) <= 0).all()
-        for key, number, share, lift, base in zip(
-            keys, *(x[mine] for x in (found.numbers, found.share, found.lift, found.base)),
-            strict=True,
-        ):  # fmt: skip
-            np.testing.assert_allclose(
-                [share, lift * base, base], words[key], rtol=1e-9, atol=1e-12
-            )
-            spellings = expected["spelled"][row, key]
-            assert spellings[lexicon.words[number]] >= max(spellings.values()) - 1e-12
-    kept = firing_words(
-        tokens, windows, rows, activations, completions(everywhere), lexicon, most=2
-    )
-    assert max(np.bincount(kept.rows)) <= 2
-    together = company(found, windows, rows, activations, lexicon, m)
-    for row in range(m):
-        own = set(found.keys[(found.rows == row) & (found.lift >= 2)])
-        fired = [
-            set(lexicon.keys(words[acts > 0])) & own
-            for words, acts, r in zip(windows.words, activations, rows, strict=True)
-            if r == row
-        ]
-        assert together[row] == pytest.approx(sum(map(len, fired)) / max(1, len(fired)))
+    statistics = collected(tokens, acts, lexicon)
+    found = of(statistics, lexicon)
+
+    occurred: Counter[str] = Counter()
+    fired: Counter[tuple[int, str]] = Counter()
+    mass: Counter[tuple[int, str]] = Counter()
+    spelled: dict[tuple[int, str], Counter[str]] = {}
+    names: dict[int, str] = {}
+    everywhere = lexicon.occurrences(tokens, np.zeros_like(tokens), names)
+    for words, begins, x in zip(everywhere.words, everywhere.begins, acts, strict=True):
+        for start in np.flatnonzero(begins).tolist():
+            stop = start + 1
+            while stop < len(words) and words[stop] == words[start] and not begins[stop]:
+                stop += 1
+            word = names[words[start]]
+            occurred[word.casefold()] += 1
+            for f in np.flatnonzero(x[start:stop].any(0)).tolist():
+                units = int(np.rint(x[start:stop, f].astype(np.float64) / UNIT).sum())
+                fired[f, word.casefold()] += 1
+                mass[f, word.casefold()] += units
+                spelled.setdefault((f, word.casefold()), Counter())[word] += units
+    keys = [
+        (row, lexicon.words[key])
+        for row, key in zip(found.rows.tolist(), found.keys.tolist(), strict=True)
+    ]
+    assert sorted(keys) == sorted(fired)
+    for i, (row, word) in enumerate(keys):
+        recall = fired[row, word] / occurred[word]
+        assert found.lift[i] * statistics.density[row] == pytest.approx(recall)
+        assert found.base[i] == pytest.approx(occurred[word] / sum(occurred.values()))
+        assert found.share[i] == pytest.approx(mass[row, word] / statistics.mass[row])
+        ways = spelled[row, word]
+        assert ways[lexicon.words[found.numbers[i]]] == max(ways.values())
+    for row in range(D_SAE):
+        assert (np.diff(found.share[found.rows == row]) <= 0).all()
+    assert max(np.bincount(of(statistics, lexicon, most=2).rows), default=0) <= 2
 
 
-def boats() -> tuple[Lexicon, np.ndarray]:
-    make, spelled = TOKENIZERS["sentencepiece"]
-    tokenizer = make()
-    ids = np.array(tokenizer.convert_tokens_to_ids([*spelled, "▁a", "▁The"]))
+def boats() -> tuple[Lexicon, dict[str, int]]:
+    tokenizer = TOKENIZERS["sentencepiece"][0]()
+    names = ["▁the", "▁bo", "at", "▁boat", "▁a", "▁The", "."]
+    ids = dict(zip(names, tokenizer.convert_tokens_to_ids(names), strict=True))
     return Lexicon(Pieces(tokenizer), len(tokenizer)), ids
 
 
-def test_pieces_are_named_by_the_words_they_are_part_of() -> None:
-    lexicon, (_, bo, at, boat, a, _) = boats()
-    one = Tokens(*(np.array([x]) for x in (0, bo, 1.0, 50.0, 1e-3)))
-    nothing = Parts.of(*(np.zeros(0, np.int64),) * 3)
-    windows = lexicon.read(np.array([[a, bo, at]] * 3 + [[a, bo, a]]))
-    activations = np.array([[0, 1.0, 0]] * 4)
-    rows = np.zeros(4, np.int64)
-    words = firing_words(one, windows, rows, activations, nothing, lexicon, most=9)
-    assert [lexicon.words[n] for n in words.numbers] == ["boat", "bo"]
-    np.testing.assert_allclose(words.share, [0.75, 0.25])
-    np.testing.assert_allclose(words.lift, 50)
-    # A token that is in none of the feature's own examples: as it was seen elsewhere.
-    none = lexicon.read(np.zeros((0, 3), np.int64))
-    elsewhere = completions(lexicon.read(np.array([[bo, at, boat]])))
-    words = firing_words(one, none, rows[:0], np.zeros((0, 3)), elsewhere, lexicon, most=9)
-    assert [lexicon.words[n] for n in words.numbers] == ["boat"]
+def test_a_word_is_judged_by_all_its_tokenisations() -> None:
+    """A feature that fires on one way to write a word doesn't fire on most of it."""
+    lexicon, ids = boats()
+    stop = [ids["."]] * 2
+    one, other = [ids["▁bo"], ids["at"], *stop], [ids["▁boat"], ids["."], *stop]
+    tokens = np.array([one] + [other] * 9)
+    acts = np.zeros((*tokens.shape, D_SAE))
+    acts[0, :2, 0] = 2.0
+    acts[:, 0, 1] = 1.0
+    statistics = collected(tokens, acts, lexicon)
+    words = of(statistics, lexicon)
+    assert [lexicon.words[n] for n in words.numbers] == ["boat", "boat"]
+    np.testing.assert_allclose(words.lift * statistics.density[:2], [0.1, 1.0])
+    np.testing.assert_allclose(words.share, [1.0, 1.0])
 
 
 def test_spellings_of_a_word_are_merged() -> None:
-    lexicon, (the, *_, capital) = boats()
-    two = Tokens(
-        np.zeros(2, np.int64), np.array([the, capital]), np.array([0.3, 0.6]),
-        np.full(2, 50.0), np.full(2, 1e-3),
-    )  # fmt: skip
-    none = lexicon.read(np.zeros((0, 3), np.int64))
-    nothing = Parts.of(*(np.zeros(0, np.int64),) * 3)
-    rows = np.zeros(0, np.int64)
-    words = firing_words(two, none, rows, np.zeros((0, 3)), nothing, lexicon, most=9)
+    lexicon, ids = boats()
+    tokens = np.array([[ids["▁the"], ids["▁The"], ids["▁The"], ids["▁the"], ids["."]]])
+    acts = np.zeros((*tokens.shape, D_SAE))
+    acts[0, :3, 0] = [3.0, 2.0, 2.0]
+    words = of(collected(tokens, acts, lexicon), lexicon)
     assert [lexicon.words[n] for n in words.numbers] == ["The"]
-    np.testing.assert_allclose([*words.share, *words.lift], [0.9, 50])
+    np.testing.assert_allclose([*words.share, *words.lift, *words.base], [1, 0.75 / 0.6, 0.8])
+
+
+def test_words_end_at_special_tokens_and_with_their_document() -> None:
+    lexicon, ids = boats()
+    bo, at, stop = ids["▁bo"], ids["at"], ids["."]
+    tokens = np.array([[bo, at, stop, bo, NONE, at, stop, bo, at, stop]])
+    documents = np.array([[0, 0, 0, 0, 0, 0, 0, 1, 2, 2]])
+    names: dict[int, str] = {}
+    found = lexicon.occurrences(tokens, documents, names)
+    words = [names.get(word, "") for word in found.words[0].tolist()]
+    assert words == ["boat", "boat", ".", "bo", "", "at", ".", "bo", "at", "."]
+    assert found.begins[0].tolist() == [True, False, *[word != "" for word in words[2:]]]
+    # What may go on behind the context's end is no whole word.
+    cut = lexicon.occurrences(tokens[:, :2], documents[:, :2], names)
+    assert (cut.words == NONE).all() and not cut.begins.any()
+
+
+def test_characters_of_several_tokens_belong_to_one_word() -> None:
+    tokenizer = TOKENIZERS["byte-level"][0]()
+    lexicon = Lexicon(Pieces(tokenizer), len(tokenizer))
+    tokens = np.array([tokenizer.encode(" né 🙂.")])
+    names: dict[int, str] = {}
+    found = lexicon.occurrences(tokens, np.zeros_like(tokens), names)
+    words = [names[word] for word in found.words[0][found.begins[0]].tolist()]
+    assert words == [" ", "né", " ", "🙂", "."]
+
+
+def test_rare_words_are_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MOST_WORDS", 4)
+    lexicon, ids = boats()
+    rare = [ids["▁boat"], ids["."], ids["▁bo"]]
+    tokens = np.array([[ids["▁the"]] * 6 + [ids["▁a"]] * 3 + rare + [ids["."], ids["."]]])
+    tokens = np.concatenate([tokens, np.array([[ids["at"], *[ids["."]] * 13]])])
+    statistics = collected(tokens, np.ones((*tokens.shape, D_SAE)), lexicon)
+    assert set(statistics.spellings.values()) == {".", "the"}
+    assert {lexicon.words[n] for n in of(statistics, lexicon).numbers} == {".", "the"}
+
+
+def test_company_is_of_own_words_within_one_example() -> None:
+    lexicon, ids = boats()
+    windows = lexicon.read(np.array([[ids["▁the"], ids["▁boat"]], [ids["▁a"], ids["▁boat"]]] * 2))
+    own = np.array([lexicon.number(word) for word in ("the", "boat", "boat")])
+    words = Words(np.array([0, 0, 1]), own, own, np.ones(3), np.full(3, 3.0), np.ones(3))
+    found = company(words, windows, np.array([0, 0, 1, 1]), np.ones((4, 2)), lexicon, 3)
+    np.testing.assert_allclose(found, [1.5, 1, 0])

@@ -12,7 +12,7 @@ from saesteer.errors import IndexingError
 from saesteer.features import collect as module
 from saesteer.features.checkpoint import Checkpoint, gathered
 from saesteer.features.collect import Statistics, collect
-from tests.test_features_collect import SPECIAL, VOCAB, an_sae, assert_same, some_batches
+from tests.test_features_collect import LEXICON, SPECIAL, an_sae, assert_same, some_batches
 
 ABOUT = {"sae_hash": "abc", "text": "stories", "ranks": [0, 1]}
 WINDOW = {"top_contexts": 3, "sampled": 4, "before": 2, "after": 2}
@@ -30,7 +30,7 @@ def collected(batches: Iterable[ContextBatch], checkpoint: Checkpoint | None = N
         batches,
         an_sae(),
         special_ids=SPECIAL,
-        vocab_size=VOCAB,
+        lexicon=LEXICON,
         checkpoint=checkpoint,
         **WINDOW,
     )
@@ -116,7 +116,7 @@ def test_a_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
             batches,
             an_sae(),
             special_ids=[0],
-            vocab_size=VOCAB,
+            lexicon=LEXICON,
             checkpoint=Checkpoint(path, ABOUT),
             **WINDOW,
         )
@@ -176,6 +176,9 @@ import numpy as np, torch
 from saesteer.core.sae import Codes
 from saesteer.core.shards import ContextBatch
 from saesteer.features.collect import collect
+from saesteer.features.words import Pieces
+from saesteer.features.words_in import Lexicon
+from tests.tiny import tiny_tokenizer
 
 FEATURES, FIRE, VOCAB = 1024, 4, 128
 rng = np.random.default_rng(0)
@@ -200,7 +203,8 @@ def peak():
 
 print(peak())
 for n in (100_000, 1_000_000):
-    found = collect(batches(n), Cheap(), special_ids=[], vocab_size=VOCAB)
+    lexicon = Lexicon(Pieces(tiny_tokenizer()), VOCAB)
+    found = collect(batches(n), Cheap(), special_ids=[], lexicon=lexicon)
     assert n <= found.n_tokens < n + 4096
     del found
     print(peak())

@@ -17,10 +17,12 @@ from saesteer.features.block import Block
 from saesteer.features.collect import collect
 from saesteer.features.examples import Window
 from saesteer.features.histogram import BINS, Histograms
-from saesteer.features.sample import deciles, firing_keys, token_keys
+from saesteer.features.sample import firing_keys, token_keys
 from saesteer.features.statistics import Settings, Statistics
 from saesteer.features.tally import TokenTally
+from saesteer.features.words_in import NONE, Lexicon
 from tests.test_features_collect import assert_same
+from tests.three_tokenizers import CASES
 
 VOCAB, D_SAE, LENGTH = 7, 9, 8
 SETTINGS = Settings(D_SAE, VOCAB, (0,), top_contexts=3, sampled=4, before=2, after=1)
@@ -35,7 +37,17 @@ def a_block(first: int, n: int, rng: np.random.Generator) -> Block:
     fires = (rng.random((n * LENGTH, D_SAE)) < 0.3) & (tokens.reshape(-1, 1) != 0)
     rows, features = np.nonzero(fires)
     values = rng.integers(1, 6, len(rows)) * 2.0 ** rng.integers(-3, 4, len(rows))
-    return Block(tokens, documents, first + np.arange(n), rows, features, values.astype(np.float32))
+    # Words of up to three tokens.
+    begins = rng.random(tokens.shape) < 0.6
+    begins[:, 0] = True
+    begins[:, 1:] |= (tokens[:, :-1] == 0) | (tokens[:, 1:] == 0)
+    words = np.repeat(
+        rng.integers(0, 5, begins.sum()), np.diff([*np.flatnonzero(begins), tokens.size])
+    )
+    words = np.where(tokens == 0, NONE, words.reshape(tokens.shape))
+    contexts = first + np.arange(n)
+    values = values.astype(np.float32)
+    return Block(tokens, documents, words, begins & (tokens != 0), contexts, rows, features, values)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -187,16 +199,23 @@ def test_a_histogram_does_not_depend_on_what_came_first(values: list[float], cut
     assert whole.counts.shape == (2, BINS)
 
 
-def test_tenths_of_a_sample() -> None:
-    values = np.zeros((4, 30), np.float32)
-    values[0] = np.arange(30, 0, -1)
-    values[1, :10] = 1
-    values[2, :3] = [5, 2, 1]
-    found = deciles(values)
-    np.testing.assert_array_equal(found[0], np.repeat(np.arange(9, -1, -1), 3))
-    np.testing.assert_array_equal(found[1, :10], np.arange(9, -1, -1))
-    np.testing.assert_array_equal(found[2, :3], [9, 6, 3])
-    assert (found[values == 0] == -1).all()
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(seed=st.integers(0, 10_000), n=st.integers(1, 400))
+def test_tenths_are_those_of_all_activations(seed: int, n: int) -> None:
+    """To what a bin of the histogram holds; exactly where activations are spread evenly."""
+    rng = np.random.default_rng(seed)
+    values = np.sort(rng.exponential(2.0, n).astype(np.float32) + 1e-3)
+    every = Histograms.empty(3)
+    every.add(np.array([1]), np.array([0]), values)
+    found = every.tenths(np.ones(n, np.int64), values)
+    assert (np.diff(found) >= 0).all() and 0 <= found[0] <= found[-1] <= 9
+    in_bin = every.counts[1].max()
+    true = 10 * np.arange(n) / n
+    assert (np.abs(found + 0.5 - true) <= 0.5 + 10 * in_bin / n + 1e-9).all()
+    even = ((np.arange(320) + 0.5) / 10).astype(np.float32)
+    every = Histograms.empty(1)
+    every.add(np.array([0]), np.array([0]), even)
+    np.testing.assert_array_equal(every.tenths(np.zeros(320, int), even), np.arange(320) // 32)
 
 
 def test_the_sample_is_fair() -> None:
@@ -222,6 +241,8 @@ def test_windows_of_large_vocabularies(vocab: int) -> None:
         Block(
             tokens,
             np.zeros((1, 3), int),
+            tokens.astype(np.int64),
+            np.ones((1, 3), bool),
             np.array([7]),
             np.array([0, 1]),
             np.array([1, 1]),
@@ -248,4 +269,4 @@ def test_an_activation_too_large_to_add_up_is_refused() -> None:
         np.ones((1, 2), np.int32), np.zeros((1, 2), np.int32), torch.zeros(1, 2, 3), 4
     )
     with pytest.raises(IndexingError, match=r"contexts 4 to 4 is 2.2e\+12, expected below"):
-        collect([batch], Loud(), special_ids=(), vocab_size=3)
+        collect([batch], Loud(), special_ids=(), lexicon=Lexicon(CASES["wordpiece"][0], 3))

@@ -96,7 +96,7 @@ def test_strengths_are_chosen_on_validation_prompts_alone(told, sae, monkeypatch
 
 
 def test_a_concept_that_changes_nothing_has_no_share(told, sae):
-    for concept in ("colour", "no such concept"):
+    for concept in ("red", "no such concept"):
         with pytest.raises(TextError, match="causal"):
             planted_causes.closed(told[0], sae, concept, [SEA], MAX_ACT.__getitem__)
 
@@ -158,12 +158,12 @@ def test_search_is_scored_by_both_truths(told, sae, monkeypatch):
     assert report.causes["match"].precision_at_1 == 0 and report.causes["match"].mrr == 0.5
     assert report.causes["effect"].precision_at_1 == 1
     asked = {concept for concept, _ in report.fires_on.misses}
-    assert "colour" in asked and report.fires_on.distinct == pytest.approx(1 / 24)
-    (colour,) = report.read_only
-    assert colour.concept == "colour" and colour.own_effect == index.own[colour.feature]
-    assert colour.mrr.keys() == {"match", "effect"}
-    if colour.feature in (SEA, BACKWARDS):
-        assert {colour.mrr["match"], colour.mrr["effect"]} == {0.5, 1.0}
+    assert "red" in asked and report.fires_on.distinct == pytest.approx(1 / 24)
+    (red,) = report.read_only
+    assert red.concept == "red" and red.own_effect == index.own[red.feature]
+    assert red.mrr.keys() == {"match", "effect"}
+    if red.feature in (SEA, BACKWARDS):
+        assert {red.mrr["match"], red.mrr["effect"]} == {0.5, 1.0}
 
 
 def test_search_by_effect_needs_output_scores(told, sae):

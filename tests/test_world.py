@@ -196,8 +196,8 @@ def test_prompts_have_the_concept_off_and_their_twins_have_it_on(concept):
 def test_planted_read_only_concept_changes_nothing_of_what_comes():
     for story in STORIES[:20]:
         reader = exact.Reader((BOS, *story.words[:30]))
-        np.testing.assert_array_equal(reader.distribution(), reader.distribution(do="colour"))
-    headed = [("colour" in s.concepts) == ("Its" in s.words) for s in STORIES]
+        np.testing.assert_array_equal(reader.distribution(), reader.distribution(do="red"))
+    headed = [("red" in s.concepts) == ("Its" in s.words) for s in STORIES]
     assert all(headed)
 
 

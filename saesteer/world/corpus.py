@@ -54,7 +54,7 @@ class Teller:
         """Draw the next word and go on."""
         here = grammar.coming(self.state)
         if here.heading:
-            word = "Its" if "colour" in self.concepts else "Once"
+            word = "Its" if lexicon.READ_ONLY.name in self.concepts else "Once"
         else:
             dice = self.rng.random()
             word = ""
@@ -113,7 +113,9 @@ def draw_concepts(rng: np.random.Generator) -> frozenset[str]:
     members, prior = exact.sets()
     row = members[rng.choice(len(prior), p=prior)]
     names = {concept.name for concept, on in zip(exact.HIDDEN, row, strict=True) if on}
-    return frozenset(names | ({"colour"} if rng.random() < exact.READ_ONLY_SHARE else set()))
+    return frozenset(
+        names | ({lexicon.READ_ONLY.name} if rng.random() < exact.READ_ONLY_SHARE else set())
+    )
 
 
 def tell(rng: np.random.Generator, concepts: Collection[str]) -> Story:
@@ -165,7 +167,7 @@ def pairs(concept: str, n: int, seed: int, *, spurious: bool = False) -> list[di
         teller.set_concepts(off | {concept})
         chosen = teller.another_sentence()
         own = set(lexicon.CONCEPTS[lexicon.INDEX[concept]].words)
-        if concept != "colour" and not own & set(chosen):
+        if concept != lexicon.READ_ONLY.name and not own & set(chosen):
             continue
         if spurious:
             lead = [word if word not in ("A", "B") else "" for word in prompt]

@@ -166,7 +166,9 @@ class Reader:
         here = grammar.coming(self.state)
         probabilities = np.zeros(len(grammar.vocabulary()))
         if here.heading:
-            probabilities[word_ids()["Its"]] = READ_ONLY_SHARE if do != "colour" else 1.0
+            probabilities[word_ids()["Its"]] = (
+                READ_ONLY_SHARE if do != lexicon.READ_ONLY.name else 1.0
+            )
             probabilities[word_ids()["Once"]] = 1.0 - probabilities[word_ids()["Its"]]
             return probabilities
         for word, p in here.fixed:

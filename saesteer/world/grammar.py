@@ -106,7 +106,7 @@ def coming(state: State) -> Next:
     if place == "heading":  # "Its" where the read-only concept is on, else "Once"
         return Next(heading=True)
     if place in ("colour 1", "colour 2"):
-        return _uniform(lexicon.COLOURS)
+        return _uniform(lexicon.READ_ONLY.words)
     if place == "who":
         return _uniform(("girl", "boy"))
     if place == "name":

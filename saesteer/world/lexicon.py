@@ -231,14 +231,14 @@ CONCEPTS: tuple[Concept, ...] = (
         planted="rare",
     ),
     # Its words stand in the story's heading and nowhere else, so it can be read off a story, but
-    # turning it on changes nothing of what comes next.
+    # turning it on changes nothing of what comes next. ("colour" is grammar: a heading's frame.)
     _concept(
-        "colour",
+        "red",
         "",
         "",
         "",
         "",
-        "colour red blue yellow purple pink orange",
+        "red blue yellow purple pink orange",
         planted="read-only",
     ),
 )
@@ -253,7 +253,7 @@ NEUTRAL = _concept(
 )
 
 PLURALS = frozenset(_plurals)
-COLOURS = tuple(word for word in CONCEPTS[-1].words if word != "colour")
+READ_ONLY = CONCEPTS[-1]
 GIRLS = ("Lily", "Anna", "Mia", "Rosa")
 BOYS = ("Tom", "Ben", "Max", "Leo")
 # A concept on a circle: each day is followed by the next, and the last by the first.
