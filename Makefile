@@ -47,6 +47,7 @@ bench: setup  ## time it all beside its peers, and write benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/caching.py
 	$(BIN)/python benchmarks/steering.py
 	$(BIN)/python benchmarks/search.py
+	$(BIN)/python benchmarks/planted_search.py
 	$(BIN)/python benchmarks/indexing.py
 
 clean:  ## remove what was built (not .venv, not runs/)

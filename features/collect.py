@@ -23,8 +23,8 @@ __all__ = ["Encoder", "Statistics", "collect"]
 # floor over which an example counts is up before the bulk arrives; each later one is twice as
 # large. Where there are many features larger ones pay: each block goes through all of them.
 _FIRST_BLOCK, _LARGEST_BLOCK, _A_FEATURE = 2**16, 2**18, 8
-# The highest activation whose mass can be added up.
-_HIGHEST = 2.0**40
+# The highest activation whose mass can be added up, half a million times.
+_HIGHEST = 2.0**24
 
 
 class Encoder(Protocol):

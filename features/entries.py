@@ -35,6 +35,8 @@ _TOKENS, _FOLLOWING, _WORDS = 40, 10, 40
 _FEATURES = 32
 # How often the field of words repeats a word: its share of the activation, in this many parts.
 _REPEATS = 10
+# A word that nobody looks for, between what doesn't stand side by side: no phrase runs across it.
+BREAK = " ꙮ "
 # A feature fires "at the start" when this share of its firings is in the first 4 places, and that
 # is this many times what all tokens have there.
 _EARLY_BINS, _EARLY, _EARLY_LIFT = 3, 0.8, 5.0
@@ -83,9 +85,9 @@ def texts(feature: Feature, around: Sequence[tuple[str, str, str]]) -> dict[str,
         "words": " ".join(
             word.text for word in feature.words for _ in range(1 + int(_REPEATS * word.share))
         ),
-        "near": " ".join(word for three in around for word in three),
-        "promotes": " ".join(text for text, _ in feature.promotes),
-        "contexts": " ".join("".join(x.pieces) for x in feature.examples if x.group == "top"),
+        "near": BREAK.join(" ".join(three) for three in around),
+        "promotes": BREAK.join(text for text, _ in feature.promotes),
+        "contexts": BREAK.join("".join(x.pieces) for x in feature.examples if x.group == "top"),
     }
 
 

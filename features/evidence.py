@@ -1,9 +1,9 @@
 """A feature's evidence as one blob: what it fires on, writes towards, and where.
 
-The blob's first byte names its form: 2 is packed here; 0x78 (zlib's own first byte) is the JSON of
-version 1, which is read still. Texts are numbers into the index's `vocab`, since the same few
-thousand stand in every feature: a token's usual text has the token's id, any other text a number
-below 0.
+The blob's first byte names its form: 3 is packed here; 2 is the same, but for places that were
+shares; 0x78 (zlib's own first byte) is the JSON of version 1. Both are read still. Texts are
+numbers into the index's `vocab`, since the same few thousand stand in every feature: a token's
+usual text has the token's id, any other text a number below 0.
 
 Figures keep six significant digits (float32). The activations of an example are 255 levels of its
 highest one, but for the one that it is about, which is kept like any figure. Words and the
@@ -19,7 +19,8 @@ from typing import Any
 
 from saesteer.features.records import Example, Feature, Histogram, Neighbour, TokenStat, WordStat
 
-PACKED = 2
+PACKED = 3
+_WITH_SHARES = 2
 # A feature is packed and unpacked thousands of times, and size is won mostly by the numbers.
 _LEVEL = 1
 # Words of a feature that a list of hits shows.
@@ -128,7 +129,7 @@ def unpack(
     Raises:
         ValueError, KeyError, TypeError, struct.error, zlib.error: the blob is damaged.
     """
-    if data[0] != PACKED:
+    if data[0] not in (PACKED, _WITH_SHARES):
         return _unpacked_json(feature, data)
     reader = _Reader(zlib.decompress(data[1:]), vocab)
     n_words, n_examples = reader.take("H", 2)
@@ -153,7 +154,7 @@ def unpack(
         next_tokens=next_tokens,
         promotes=promotes,
         suppresses=suppresses,
-        positions=positions,
+        positions=positions if data[0] == PACKED else (),
         neighbours=neighbours,
         coactive=coactive,
         activations=histograms[0],

@@ -5,14 +5,13 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from saesteer.errors import IndexingError
 from saesteer.features.query import Filter
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# Figure of a query -> column of the index.
-_COLUMNS = {"density": "density", "max_act": "max_act", "effect": "output_score"}
 _COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
 
@@ -27,6 +26,9 @@ def allowed(
 
     Args:
         column: name of a figure -> [n_features], NaN where not measured.
+
+    Raises:
+        IndexingError: a figure was measured of no feature at all.
     """
     if not filters:
         return None
@@ -34,8 +36,13 @@ def allowed(
 
     passed = np.ones(len(column("density")), bool)
     for one in filters:
-        if one.name in _COLUMNS:
-            values = column(_COLUMNS[one.name])
+        if one.sign in _COMPARE:
+            values = column(one.name)
+            if np.isnan(values).all():
+                raise IndexingError(
+                    f"no {one.name} was measured of any feature, so {one.name}{one.sign}"
+                    f"{one.value:g} finds none; measure some with `saesteer index RUN --effects N`"
+                )
             # As the figures are kept: a bound that is one of them equals it.
             passed &= _COMPARE[one.sign](values, np.float32(one.value))
             continue

@@ -20,7 +20,7 @@ from saesteer.features.engine import Scored
 from saesteer.features.query import AllOf, AnyOf, Node, Phrase, Without, phrases
 from saesteer.features.rank import FIELD_WEIGHTS
 from saesteer.features.records import FIELDS, QUERY_FIELDS
-from saesteer.features.schema import TOKENIZER
+from saesteer.features.schema import TOKENIZER, storable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +43,7 @@ def build(connection: sqlite3.Connection, pairs: Iterable[tuple[int, Mapping[str
     )
     connection.executemany(
         f"INSERT INTO texts (rowid, {', '.join(FIELDS)}) VALUES (?{', ?' * len(FIELDS)})",
-        ((i, *(_storable(texts.get(field, "")) for field in FIELDS)) for i, texts in pairs),
+        ((i, *(storable(texts.get(field, "")) for field in FIELDS)) for i, texts in pairs),
     )
     # One segment: a search is a few times slower over several.
     connection.execute("INSERT INTO texts (texts) VALUES ('optimize')")
@@ -178,8 +178,3 @@ class Fts5:
             f"SELECT term FROM frequent WHERE term IN ({marks})", list(alone.values())
         ).fetchall()
         return {phrase: stem for phrase, stem in alone.items() if (stem,) in known}
-
-
-def _storable(text: str) -> str:
-    """Without what SQLite can't hold as text: lone surrogates read '?'."""
-    return text.encode("utf-8", "replace").decode()

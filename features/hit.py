@@ -13,10 +13,11 @@ class Hit:
     """A feature that a search found.
 
     label: the user's name for it, else its label; score: higher is better, comparable within one
-    search; top_tokens: what it fires on most; example: its strongest context as text, the firing
-    token between « and »; why: what of the query was found where; output_score: how much adding it
-    raises what it promotes; own_effect: what it fires on; None where not measured; source: who
-    wrote the label, "evidence", "judge" or "user".
+    search (but for `near`, where it is the cosine or the lift that `why` names); top_tokens: what
+    it fires on most; example: its strongest context as text, the firing token between « and »; why:
+    what of the query was found where; output_score: how much adding it raises what it promotes;
+    own_effect: what it fires on; None where not measured; source: who wrote the label, "evidence",
+    "judge" or "user".
     """
 
     id: int

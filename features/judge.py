@@ -7,6 +7,7 @@ on where it stopped, and nothing is asked twice while the evidence stays the sam
 
 import hashlib
 import re
+import sqlite3
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -92,17 +93,21 @@ def label_features(
                             "VALUES (?, ?, ?, ?)",
                             (i, keys[i], text, model),
                         )
-                    connection.execute(
-                        "UPDATE features SET label = ?, label_source = 'judge', label_score = "
-                        "(SELECT (detection + fuzzing) / 2 FROM judged WHERE feature = ? AND "
-                        "key = ?) WHERE id = ?",
-                        (text, i, keys[i], i),
-                    )
-                    notes.lay(connection, i)
+                    lay_label(connection, i, text, keys[i])
             bar.update(len(some))
             for i in asked:
                 if i in known or i in found:
                     yield Judged(i, keys[i], known.get(i) or found[i], i in found)
+
+
+def lay_label(connection: sqlite3.Connection, feature: int, label: str, key: str) -> None:
+    """Make a label that is kept under `key` a feature's own, with the score it has."""
+    connection.execute(
+        "UPDATE features SET label = ?, label_source = 'judge', label_score = "
+        "(SELECT (detection + fuzzing) / 2 FROM judged WHERE feature = ? AND key = ?) WHERE id = ?",
+        (label, feature, key, feature),
+    )
+    notes.lay(connection, feature)
 
 
 def prompt(feature: Feature) -> str:

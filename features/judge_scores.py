@@ -15,16 +15,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from saesteer.core.progress import progress
 from saesteer.errors import IndexingError
 from saesteer.features.judge import Write, answers, example_text, marked, strong
+from saesteer.features.judge_silence import Silence, line
 from saesteer.features.migrate import reading, writing
-from saesteer.features.reading import Encoded
 from saesteer.features.records import Feature
 
-WINDOW = 32
 CONTEXTS = 10  # of each kind a label
 _DETECT = """\
 A feature of a language model is described as: {label}
@@ -73,52 +71,22 @@ class LabelScore:
         return (self.detection + self.fuzzing) / 2
 
 
-class Silence:
-    """Windows of text, and which features are silent in each.
-
-    Best of text that the index wasn't made of.
-    """
-
-    def __init__(self, encoded: Iterable[Encoded], *, window: int = WINDOW) -> None:
-        self.texts: list[str] = []
-        pairs: list[NDArray[np.int64]] = []
-        for one in encoded:
-            firing = one.codes.rows.cpu().numpy() // window + len(self.texts)
-            found = np.stack([one.codes.latents.cpu().numpy(), firing])
-            pairs.append(np.unique(found, axis=1))
-            self.texts += [
-                " ".join("".join(one.pieces[i : i + window]).split())
-                for i in range(0, len(one.pieces), window)
-            ]
-        if not self.texts:
-            raise IndexingError("no text to take silent contexts from; give some")
-        features, windows = np.concatenate(pairs, axis=1)
-        order = np.argsort(features, kind="stable")
-        self._features, self._windows = features[order], windows[order]
-
-    def of(self, feature: int, n: int, rng: np.random.Generator) -> list[str]:
-        """Up to `n` windows, drawn at random, in which the feature fires nowhere."""
-        low, high = np.searchsorted(self._features, [feature, feature + 1])
-        silent = np.setdiff1d(np.arange(len(self.texts)), self._windows[low:high])
-        drawn = rng.choice(silent, min(n, len(silent)), replace=False)
-        return [self.texts[i] for i in drawn]
-
-
 def questions(
     feature: Feature, label: str, silence: Silence, *, n: int = CONTEXTS, seed: int = 0
 ) -> list[Question]:
     """Up to `n` contexts of each kind for detection, and as many for fuzzing.
 
-    Firing contexts are the examples that the label's writer was not shown.
+    Firing contexts are the examples that the label's writer was not shown; silent ones are cut as
+    they are.
     """
     rng = np.random.default_rng([seed, feature.id])
     held_out = [e for e in feature.examples[1::2] if max(e.activations, default=0) > 0]
-    chosen = [held_out[i] for i in rng.permutation(len(held_out))[:n]]
-    plain = [" ".join("".join(example.pieces).split()) for example in chosen]
-    silent = silence.of(feature.id, len(chosen), rng)
+    chosen = [silence.bare(held_out[i]) for i in rng.permutation(len(held_out))[:n]]
+    firing = [line(example.pieces) for example in chosen]
+    silent = silence.like(feature.id, chosen, rng)
     found = [
         Question("detection", _DETECT.format(label=label, text=text), right)
-        for right, texts in ((True, plain), (False, silent))
+        for right, texts in ((True, firing), (False, silent))
         for text in texts
     ]
     for i, example in enumerate(chosen):

@@ -5,6 +5,7 @@ import heapq
 import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from saesteer.features.engine import TextEngine
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# Candidates taken from each kind of evidence before ranking.
+# Candidates taken from each kind of evidence before ranking, at the least.
 _CANDIDATES = 200
 # With fewer hits than asked for, words that begin with the query's (of this length) count too.
 _PREFIX = 3
@@ -26,9 +27,9 @@ _FORMS = 64
 _NOTED = {"label": ("name",)}
 
 
-# What a feature does on one word of a query: share, lift, recall (see `rank.aboutness`), and which
-# words of the index those are. A plain tuple: a query makes thousands.
-_Fired = tuple[float, float, float, str]
+# What a feature does on one word of a query: share, lift, recall (see `rank.aboutness`). A plain
+# tuple: a query makes thousands.
+_Fired = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,11 @@ def matches(
 
 @dataclass(frozen=True)
 class _Candidates:
-    """Candidates and their scores; for each word of the query, which fire on it; what a user, and
-    a model, wrote that matches."""
+    """Candidates and their scores; for each word of the query, its forms in the text, commonest
+    first, and which fire on them; what a user, and a model, wrote that matches."""
 
     scores: dict[int, float]
+    forms: list[list[str]]
     fired: list[dict[int, _Fired]]
     notes: dict[int, float]
     written: dict[int, float]
@@ -101,7 +103,9 @@ class _Candidates:
             judged = feature in self.written
             return "in its written label" if judged else "in its examples or promoted tokens"
         share, recall = sum(one[0] for one in fired), max(one[2] for one in fired)
-        words = list(dict.fromkeys(word for one in fired for word in one[3].split("\0")))
+        forms = [own for own, on in zip(self.forms, self.fired, strict=True) if feature in on]
+        # The commonest form of each word, then the others.
+        words = [word for place in zip_longest(*forms) for word in place if word]
         named = ", ".join(f"'{word}'" for word in words[:3])
         return f"fires on {recall:.0%} of {named} ({share:.0%} of its activation)"
 
@@ -117,11 +121,12 @@ class _Search:
 
     def candidates(self, words: Sequence[Phrase], expression: Node, *, strict: bool) -> _Candidates:
         """The candidates for an expression; strict: only what matches it."""
-        fired = [self._fired(word) for word in words]
+        found = [self._fired(word) for word in words]
+        forms, fired = [names for names, _ in found], [own for _, own in found]
         firing = dict.fromkeys(i for own in fired for i in own)
         texts = dict(
             self.engine.scored(
-                expression, _CANDIDATES, allowed=self.allowed, also=firing if strict else ()
+                expression, self._most, allowed=self.allowed, also=firing if strict else ()
             )
         )
         notes, written = self._noted(expression)
@@ -130,7 +135,7 @@ class _Search:
         about = dict.fromkeys(ids, 0.0)
         for own in fired:
             for i in own.keys() & about.keys():
-                share, lift, recall, _ = own[i]
+                share, lift, recall = own[i]
                 about[i] += aboutness(share, lift, recall) / len(words)
 
         if self.keep is not None and len(ids) > self.keep:
@@ -155,36 +160,44 @@ class _Search:
             )
             for i, breadth, company in self._spread(ids)
         }
-        return _Candidates(scores, fired, notes, written)
+        return _Candidates(scores, forms, fired, notes, written)
 
-    def _fired(self, word: Phrase) -> dict[int, _Fired]:
-        """The features that fire on a word, or on words that begin so, most."""
+    @property
+    def _most(self) -> int:
+        """Candidates taken of each kind: as many as are asked for, at the least."""
+        return max(_CANDIDATES, self.keep or 0)
+
+    def _fired(self, word: Phrase) -> tuple[list[str], dict[int, _Fired]]:
+        """The forms of a word, or words that begin so, and the features that fire on them most."""
         rows = self.connection.execute(
-            "SELECT f.feature, f.share, f.lift, f.recall, w.text FROM (SELECT rowid, text "
+            "SELECT f.feature, f.share, f.lift, f.recall, f.base, w.text FROM (SELECT rowid, text "
             "FROM words WHERE words MATCH ? ORDER BY rowid LIMIT ?) AS w "
             "JOIN fires AS f ON f.word = w.rowid ORDER BY f.recall * f.share DESC LIMIT ?",
-            (match(word, {}), _FORMS, 2 * _CANDIDATES),
+            (match(word, {}), _FORMS, 2 * self._most),
         ).fetchall()
+        # Of an index that doesn't say how frequent words are, all forms count alike.
+        bases = {text: base or 1.0 for *_, base, text in rows}
+        total = sum(bases.values())
         found: dict[int, _Fired] = {}
-        for feature, share, lift, recall, text in rows:
-            if self.allowed is not None and not self.allowed[feature]:
-                continue
-            before = found.get(feature)
-            if before is None:
-                found[feature] = (share, lift, recall, text)
-            else:
-                # Several forms of one word: their shares add up, the best lift and recall count.
-                lift, recall = max(lift, before[1]), max(recall, before[2])
-                found[feature] = (share + before[0], lift, recall, f"{before[3]}\0{text}")
-        return found
+        for feature, share, lift, recall, _, text in rows:
+            if self.allowed is None or self.allowed[feature]:
+                # The share of all occurrences, of whatever form, on which it fires.
+                part = bases[text] / total
+                before = found.get(feature, (0.0, 0.0, 0.0))
+                found[feature] = (
+                    before[0] + share, before[1] + lift * part, before[2] + recall * part
+                )  # fmt: skip
+        return sorted(bases, key=lambda text: (-bases[text], text)), found
 
     def _noted(self, expression: Node) -> tuple[dict[int, float], dict[int, float]]:
         """BM25 of what a user, and of what a model wrote, against the best one's."""
+        asked = match(expression, _NOTED)
+        # Where the user gave no name, a judge's label stands for it (see `notes.lay`).
         rows = self.connection.execute(
-            "SELECT rowid, -bm25(noted) AS score, rowid IN (SELECT feature FROM notes UNION "
-            "SELECT feature FROM tags) FROM noted WHERE noted MATCH ? "
-            "ORDER BY score DESC, rowid LIMIT ?",
-            (match(expression, _NOTED), _CANDIDATES),
+            "SELECT rowid, -bm25(noted) AS score, rowid IN (SELECT feature FROM notes WHERE name "
+            "IS NOT NULL) OR rowid IN (SELECT rowid FROM noted WHERE noted MATCH ?) "
+            "FROM noted WHERE noted MATCH ? ORDER BY score DESC, rowid LIMIT ?",
+            (f"{{tags text}} : ({asked})", asked, self._most),
         ).fetchall()
         notes: dict[int, float] = {}
         written: dict[int, float] = {}

@@ -2,7 +2,7 @@
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from saesteer.core.files import written_aside
@@ -48,22 +48,27 @@ def reading(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def migrate(path: Path) -> None:
-    """Bring an index of version 1 up to date, on a copy that is then renamed.
+    """Bring an index of an older version up to date, on a copy that is then renamed.
 
-    What version 1 hadn't measured stays unknown until the index is made again.
+    What that version hadn't measured stays unknown until the index is made again.
 
     Raises:
         IndexingError: it is damaged, or its folder can't be written.
     """
     with locked(path), closing(opened(path, write=True)[0]) as old:
         # Another process may have done it while this one waited for the lock.
-        if old.execute("PRAGMA user_version").fetchone()[0] == SCHEMA:
+        version = old.execute("PRAGMA user_version").fetchone()[0]
+        if version == SCHEMA:
             return
         try:
             with written_aside(path) as aside, closing(sqlite3.connect(aside)) as connection:
                 old.backup(connection)
                 connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF")
-                _from_1(connection)
+                connection.execute("ALTER TABLE fires ADD COLUMN base REAL NOT NULL DEFAULT 0")
+                if version == 1:
+                    _from_1(connection)
+                connection.execute(f"PRAGMA user_version = {SCHEMA}")
+                connection.commit()
         except sqlite3.Error as error:
             raise IndexingError(
                 f"{path} is of an older version and can't be brought up to date ({error}); {AGAIN}"
@@ -78,8 +83,6 @@ def _from_1(connection: sqlite3.Connection) -> None:
     for name in MEASURED:
         lay_column(connection, name)
     fts.finish(connection)
-    connection.execute(f"PRAGMA user_version = {SCHEMA}")
-    connection.commit()
 
 
 @contextmanager
@@ -100,7 +103,10 @@ def writing(path: Path) -> Iterator[sqlite3.Connection]:
             try:
                 yield connection
             except BaseException:
-                connection.execute("ROLLBACK")
+                # SQLite has undone it by itself where the disk is full, and says that there is
+                # nothing to undo: what is to be told is why.
+                with suppress(sqlite3.Error):
+                    connection.execute("ROLLBACK")
                 raise
             connection.execute("COMMIT")
         except sqlite3.Error as error:

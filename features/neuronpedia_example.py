@@ -1,5 +1,6 @@
 """An example of a Neuronpedia export: its tokens, what fires there, and the words they are."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -35,11 +36,14 @@ def spelled(about: Mapping[str, Any]) -> tuple[Spelled, list[str]]:
         ValueError, TypeError, LookupError: it is malformed.
     """
     pieces = [str(piece).translate(SPACES) for piece in about["tokens"]]
-    values = [max(0.0, float(value)) for value in about["values"]]
-    if not pieces or len(pieces) != len(values):
-        raise ValueError(f"{len(pieces)} tokens and {len(values)} activations")
-    given = about.get("qualifyingTokenIndex")
-    firing = max(range(len(values)), key=values.__getitem__) if given is None else int(given)
+    given = [float(value) for value in about["values"]]
+    if not pieces or len(pieces) != len(given):
+        raise ValueError(f"{len(pieces)} tokens and {len(given)} activations")
+    if not all(map(math.isfinite, given)):
+        raise ValueError("an activation is no finite number")
+    values = [max(0.0, value) for value in given]
+    at_token = about.get("qualifyingTokenIndex")
+    firing = max(range(len(values)), key=values.__getitem__) if at_token is None else int(at_token)
     if not 0 <= firing < len(pieces):
         raise ValueError(f"token {firing} of {len(pieces)}")
     top = about.get("binMin") is None or about.get("binContains") in (None, TOP)

@@ -7,7 +7,6 @@ SAE and the model aren't there: what needs them needs an index of one's own.
 """
 
 import gzip
-import itertools
 import json
 import sqlite3
 import zlib
@@ -22,10 +21,21 @@ from saesteer.errors import IndexingError
 from saesteer.features import labels, store
 from saesteer.features.entries import texts
 from saesteer.features.firing_words import OWN_LIFT
-from saesteer.features.neuronpedia_example import SPACES, Spelled, spelled
-from saesteer.features.records import Entry, Example, Feature, Histogram, Neighbour, WordStat
+from saesteer.features.neuronpedia_example import Spelled, spelled
+from saesteer.features.neuronpedia_figures import (
+    finite,
+    histogram,
+    logits,
+    max_act,
+    mean,
+    pairs,
+    share,
+)
+from saesteer.features.records import Entry, Example, Feature, Neighbour, WordStat
 
 ABSENT = "(not in the export)"
+# Of a feature that fires, or may: the export doesn't show on what.
+NO_WORDS = "(no words in the export)"
 # Larger numbers are no features: gaps below the largest are filled.
 _MOST = 2**24
 # Words kept a feature.
@@ -36,8 +46,9 @@ _EXPECTED = "expected a folder of Neuronpedia's exports: features/, activations/
 def load(folder: Path, path: Path) -> Path | None:
     """Write an index of an export; its meta has `imported_from`.
 
-    Features are numbered as in the export; numbers that it lacks are filled with features that
-    never fired, labelled `ABSENT`. Memory is bounded but for the words of the examples, counted.
+    Features are numbered as in the export; numbers that it lacks are filled with features of which
+    nothing is known, labelled `ABSENT`. Memory is bounded but for the words of the examples,
+    counted.
 
     Args:
         folder: MODEL/SOURCE of the exports: `features/*.jsonl.gz` and, if any, `activations/` and
@@ -48,7 +59,8 @@ def load(folder: Path, path: Path) -> Path | None:
         What `store.write` does: the file that holds notes which couldn't be carried over, if any.
 
     Raises:
-        IndexingError: it is no such folder, a line is malformed, or the index can't be written.
+        IndexingError: it is no such folder, a line is malformed, a feature comes twice, what fires
+            has no frac_nonzero, or the index can't be written.
     """
     # A database without a name lives in a temporary file that vanishes with it.
     with closing(sqlite3.connect("")) as spool:
@@ -71,7 +83,13 @@ def _spooled(folder: Path, spool: sqlite3.Connection) -> tuple[dict[str, Any], C
     )
     about: dict[str, Any] = {}
     for row in _rows(folder, "features"):
-        _insert(spool, "features", row, row.about)
+        try:
+            _insert(spool, "features", row, row.about)
+        except sqlite3.IntegrityError as error:
+            raise IndexingError(
+                f"{row.where}: feature {row.feature} comes a second time; expected each once: "
+                "leave out the line that is not of this export"
+            ) from error
         place = "/".join(str(row.about.get(key, "?")) for key in ("modelId", "layer"))
         about = about or {
             "imported_from": f"neuronpedia {place}",
@@ -111,7 +129,7 @@ def _rows(folder: Path, name: str) -> Iterator[_Row]:
             with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
                 for number, line in enumerate(lines, 1):
                     where = f"{file}, line {number}"
-                    about = json.loads(line)
+                    about = json.loads(line, parse_constant=_refused)
                     feature = int(about["index"])
                     if not 0 <= feature < _MOST:
                         raise ValueError(f"index {feature} is no feature's number")
@@ -121,10 +139,13 @@ def _rows(folder: Path, name: str) -> Iterator[_Row]:
             raise IndexingError(f"{where}: {said}; {_EXPECTED}") from error
 
 
+def _refused(constant: str) -> float:
+    """NaN and infinities, which Python's JSON knows and no measured figure is."""
+    raise ValueError(f"{constant} is no number")
+
+
 def _insert(spool: sqlite3.Connection, table: str, row: _Row, value: Mapping[str, Any]) -> None:
-    # Of a feature that comes twice the first is taken.
-    values = (row.feature, json.dumps(value))
-    spool.execute(f"INSERT OR IGNORE INTO {table} VALUES (?, ?)", values)
+    spool.execute(f"INSERT INTO {table} VALUES (?, ?)", (row.feature, json.dumps(value)))
 
 
 def _entries(spool: sqlite3.Connection, n: int, common: Counter[str]) -> Iterator[Entry]:
@@ -157,33 +178,46 @@ def _entry(
     said: Mapping[str, Any],
     numbers: dict[str, int],
 ) -> Entry:
-    activations = _histogram(about, "freq_hist_data")
+    activations = histogram(about, "freq_hist_data")
     examples = _examples(found, numbers)
     around = [(x.around[0], x.around[1], x.around[2]) for x in found if x.low is None]
+    highest = max_act(about, examples, activations)
+    density = share(about, "frac_nonzero")
+    # How often it fired is in no field. What is known of it is a bound.
+    n_fired = max(
+        sum(activations.counts) if activations else 0,
+        len(examples),
+        int(highest > 0 or bool(density)),
+    )
+    if n_fired and density is None:
+        raise ValueError(
+            "it fires and has no frac_nonzero, the share of tokens on which it does; add that or "
+            "leave the feature out"
+        )
     label, confidence = labels.label(words, around)
+    if not words and (n_fired or density is None):
+        label = NO_WORDS
     description = said.get("description")
-    fired = sum(activations.counts) if activations else 0
-    highest = max((x.value for x in examples), default=0.0)
     feature = Feature(
         number,
         str(description) if description else label,
         confidence,
-        float(about.get("frac_nonzero") or 0.0),
-        _mean(activations) if activations else 0.0,
-        max(highest, float(about.get("maxActApprox") or 0.0)),
-        max(fired, len(examples)),
+        density or 0.0,
+        mean(activations) if activations else 0.0,
+        highest,
+        n_fired,
         labels.breadth(words),
         _company(found, words),
         label_source="judge" if description and said.get("explanationModelName") else "evidence",
         words=words,
-        promotes=_logits(about, "pos"),
-        suppresses=_logits(about, "neg"),
+        promotes=logits(about, "pos"),
+        suppresses=logits(about, "neg"),
         examples=examples,
         activations=activations,
-        logits=_histogram(about, "logits_hist_data"),
+        logits=histogram(about, "logits_hist_data"),
         neighbours=tuple(
-            Neighbour(int(other), float(cosine))
-            for other, cosine in _pairs(about, "topkCosSimIndices", "topkCosSimValues")
+            Neighbour(int(other), finite(cosine))
+            for other, cosine in pairs(about, "topkCosSimIndices", "topkCosSimValues")
         ),
     )
     return Entry(feature, texts(feature, around))
@@ -240,30 +274,3 @@ def _examples(found: Sequence[Spelled], numbers: dict[str, int]) -> tuple[Exampl
     ]
     place = {"top": 0} | {group: 10 - group for group in range(10)}
     return tuple(sorted(examples, key=lambda x: (place[x.group], -x.value)))
-
-
-def _histogram(about: Mapping[str, Any], name: str) -> Histogram | None:
-    """From the bars' middles, which are as far from one another, and their heights."""
-    bars = _pairs(about, f"{name}_bar_values", f"{name}_bar_heights")
-    if len(bars) < 2:
-        return None
-    middles = [float(middle) for middle, _ in bars]
-    half = (middles[-1] - middles[0]) / (len(bars) - 1) / 2
-    edges = [middles[0] - half, *(middle + half for middle in middles)]
-    return Histogram(tuple(edges), tuple(int(height) for _, height in bars))
-
-
-def _mean(activations: Histogram) -> float:
-    middles = [(a + b) / 2 for a, b in itertools.pairwise(activations.edges)]
-    total = sum(activations.counts)
-    products = zip(middles, activations.counts, strict=True)
-    return sum(middle * n for middle, n in products) / total if total else 0.0
-
-
-def _logits(about: Mapping[str, Any], side: str) -> tuple[tuple[str, float], ...]:
-    pairs = _pairs(about, f"{side}_str", f"{side}_values")
-    return tuple((str(text).translate(SPACES), float(value)) for text, value in pairs)
-
-
-def _pairs(about: Mapping[str, Any], one: str, other: str) -> list[tuple[Any, Any]]:
-    return list(zip(about.get(one) or (), about.get(other) or (), strict=True))

@@ -20,6 +20,7 @@ from saesteer.core.files import write_json
 from saesteer.errors import FeatureError, IndexingError
 from saesteer.features.migrate import reading, writing
 from saesteer.features.records import Note
+from saesteer.features.schema import storable
 
 _FORMAT = 1
 _NAME, _TAG, _TEXT = 200, 64, 20_000  # characters
@@ -204,7 +205,7 @@ def _check(connection: sqlite3.Connection, feature: int) -> None:
 
 
 def _line(text: str, what: str, most: int) -> str:
-    line = " ".join(_storable(text).split())
+    line = " ".join(storable(text).split())
     if not line or len(line) > most:
         raise FeatureError(f"a {what} has 1 to {most} characters, not {len(line)}")
     return line
@@ -220,11 +221,7 @@ def _tag(text: str) -> str:
 def _remark(text: str) -> str:
     if len(text) > _TEXT:
         raise FeatureError(f"a remark has {_TEXT:,} characters at most, not {len(text):,}")
-    return _storable(text)
-
-
-def _storable(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()
+    return storable(text)
 
 
 def _document(file: Path) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from html import escape
+from typing import Any
 
 from saesteer import __version__
+from saesteer.features import outputs
 from saesteer.features.page_parts import STYLE, examples, histogram, table
 from saesteer.features.records import Feature, Neighbour, TokenStat
 from saesteer.features.view_parts import (
@@ -14,6 +16,7 @@ from saesteer.features.view_parts import (
     quoted,
     shown_name,
     tenths,
+    times,
 )
 
 # What is fetched: nothing. What runs: nothing but, in a gallery, its own search.
@@ -27,6 +30,7 @@ def page(
     *,
     beside: Mapping[int, str] | None = None,
     about: Mapping[str, str] | None = None,
+    measured_with: Mapping[str, Any] | None = None,
 ) -> str:
     """The whole document of one feature; what was not measured isn't shown.
 
@@ -35,9 +39,14 @@ def page(
     Args:
         beside: labels of its neighbours, by number (those of `view.others`).
         about: what the index was made of, name → value, said at the foot.
+        measured_with: the settings of its effects (see `outputs`).
     """
     labels = beside or {}
-    sections = [head(record), _sides(record)]
+    sections = [head(record)]
+    if measured_with is not None and (record.output_score, record.own_effect) != (None, None):
+        how = escape(clean(outputs.told(measured_with)))
+        sections.append(f'<p class="soft">Output score and own effect measured {how}.</p>')
+    sections.append(_sides(record))
     if record.n_fired:
         sections += [_shape(record), _examples(record)]
     sections.append(
@@ -124,8 +133,8 @@ def _shape(record: Feature) -> str:
         parts.append(_side("Logits", histogram(record.logits, "logits of all tokens")))
     at = places(record.positions)
     if at:
-        rows = [[name, f"{share:.1%}"] for name, share in at]
-        parts.append(_side("Place in the context", table(["token", "of firings"], rows)))
+        rows = [[name, f"{times(ratio)}×"] for name, ratio in at]
+        parts.append(_side("Place in the context", table(["token", "as often as anywhere"], rows)))
     return f'<div class="sides">{"".join(parts)}</div>'
 
 

@@ -5,7 +5,7 @@
     boat -sea (oar OR sail)     - before what is not wanted, parentheses, side by side is AND
     sail*                       words that begin so
     label:boat  token:boat  promotes:boat  context:"the boat"
-    density<1%  max_act>3  effect>=.1  tag:sea  is:starred  -is:dead
+    density<1%  max_act>3  output_score>=.1  own_effect>0  tag:sea  is:starred  -is:dead
 
 Nothing else is syntax, and nothing about words is an error: an expression that can't be read is
 read as plain words, and `Query.note` says so. Parentheses count only where a query has an operator.
@@ -24,13 +24,13 @@ from saesteer.features.records import QUERY_FIELDS
 _LENGTH, _TERMS, _LETTERS = 20_000, 16, 64
 # Parentheses within parentheses.
 _DEPTH = 16
-_FIGURES = ("density", "max_act", "effect")
+_FIGURES = ("density", "max_act", "output_score", "own_effect")
 STATES = ("starred", "dead")
 
 _BEGIN = r"(?<![^\s(])"
 _TOKEN = re.compile(
     rf"""
-      {_BEGIN}(?P<figure>{"|".join(_FIGURES)})\s*(?P<sign><=|>=|<|>)\s*(?P<bound>[^\s()]+)
+      {_BEGIN}(?P<figure>{"|".join(_FIGURES)}|effect)\s*(?P<sign><=|>=|<|>)\s*(?P<bound>[^\s()]+)
     | {_BEGIN}(?P<without>-?)tag:(?:"(?P<quoted>[^"]*)"|(?P<tag>[^\s()"]+))
     | {_BEGIN}(?P<unlike>-?)is:(?P<state>\w+)
     | (?:\b(?P<field>{"|".join(QUERY_FIELDS)}):)?
@@ -78,7 +78,7 @@ Node = Phrase | AllOf | AnyOf | Without
 
 @dataclass(frozen=True)
 class Filter:
-    """A condition on a feature: name is density, max_act, effect, tag or is; sign is < <= > >= for
+    """A condition on a feature: name is one of the figures, tag or is; sign is < <= > >= for
     a figure, = or != for the others."""
 
     name: str
@@ -254,6 +254,11 @@ class _Parser:
 
 
 def _filter(match: re.Match[str]) -> Filter | None:
+    if match["figure"] == "effect":
+        raise IndexingError(
+            f"{match[0]!r}: say output_score (does what the feature promotes become likelier?) or "
+            "own_effect (does what it fires on?)"
+        )
     if match["figure"]:
         return Filter(match["figure"], match["sign"], _number(match))
     if match["state"]:

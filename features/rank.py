@@ -22,7 +22,7 @@ HALF_LIFT = 2.0
 # Share of the activation mass at which a word counts as half of what the feature is about: a
 # concept of a dozen words spends some 8% on each, and should hardly lose by that against a
 # feature for the one word.
-HALF_SHARE = 0.01
+HALF_SHARE = 0.003
 # Of features that fire alike on the word, those for more words of one kind win. How many words a
 # feature has says little by itself, since a mixture of unrelated words has many too; words that
 # fire within one example keep company, and those of a mixture don't. A feature of FULL_BREADTH

@@ -1,11 +1,12 @@
-"""The tables of an index, version 2.
+"""The tables of an index, version 3.
 
 meta      key, value (JSON): the SAE's hash and stamp, the model's fingerprint, counts, …
 features  one row a feature: what a hit list and a strength need
 vocab     each text that the evidence names, once: 0 and up are token ids, below 0 other texts
 evidence  one blob a feature (see `evidence`)
 words     whole words, searchable (FTS5)
-fires     which features fire on which words, best first: share, lift and recall
+fires     which features fire on which words, best first: share, lift and recall, and how frequent
+          the word is (0: not known)
 columns   one figure of all features at once: float32, little-endian, NaN where not measured
 outputs   output scores and what they were measured with
 judged    labels that a model wrote, and how well they did
@@ -19,7 +20,7 @@ import sqlite3
 import sys
 from collections.abc import Iterable
 
-SCHEMA = 2
+SCHEMA = 3
 APPLICATION = 0x53414553  # "SAES" in the file's header: told from other SQLite files
 TOKENIZER = "porter unicode61"
 PAGE = 4096
@@ -57,7 +58,7 @@ CREATE VIRTUAL TABLE words USING fts5(text, tokenize = '{TOKENIZER}');
 _FIRED = """
 CREATE TABLE fires (
     word INTEGER NOT NULL, place INTEGER NOT NULL, feature INTEGER NOT NULL,
-    share REAL NOT NULL, lift REAL NOT NULL, recall REAL NOT NULL,
+    share REAL NOT NULL, lift REAL NOT NULL, recall REAL NOT NULL, base REAL NOT NULL,
     PRIMARY KEY (word, place)) WITHOUT ROWID;
 """
 # Beside what version 1 had.
@@ -94,13 +95,14 @@ def extend(connection: sqlite3.Connection) -> None:
 
 
 def lay_fires(connection: sqlite3.Connection, source: str) -> None:
-    """Make `fires` of a table (word, feature, share, lift, recall): of each word the best first.
+    """Make `fires` of a table (word, feature, share, lift, recall, base): of each word the best
+    first.
 
     The order is by recall × share, the feature's number where they are equal.
     """
     connection.execute(_FIRED)
     connection.execute(
-        "INSERT INTO fires SELECT word, place, feature, share, lift, recall FROM ("
+        "INSERT INTO fires SELECT word, place, feature, share, lift, recall, base FROM ("
         "SELECT *, row_number() OVER (PARTITION BY word ORDER BY recall * share DESC, feature) - 1 "
         f"AS place FROM {source}) WHERE place < {_FIRES} ORDER BY word, place"
     )
@@ -121,3 +123,8 @@ def float32(values: Iterable[float | None]) -> bytes:
     if sys.byteorder == "big":
         found.byteswap()
     return found.tobytes()
+
+
+def storable(text: str) -> str:
+    """Without what SQLite can't hold as text: lone surrogates read '?'."""
+    return text.encode("utf-8", "replace").decode()

@@ -7,6 +7,7 @@ import gc
 import json
 import sqlite3
 import struct
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -17,12 +18,20 @@ from typing import Any
 from saesteer.core.files import written_aside
 from saesteer.errors import IndexingError
 from saesteer.features import fts, notes
-from saesteer.features.carry import carried
+from saesteer.features.carry import carried, outdated
 from saesteer.features.database import AGAIN, locked
 from saesteer.features.evidence import Vocab, pack, unpack
 from saesteer.features.migrate import reading, writing
 from saesteer.features.records import Entry, Feature
-from saesteer.features.schema import COLUMNS, MEASURED, SCHEMA, create, lay_column, lay_fires
+from saesteer.features.schema import (
+    COLUMNS,
+    MEASURED,
+    SCHEMA,
+    create,
+    lay_column,
+    lay_fires,
+    storable,
+)
 
 # Features read at once; SQLite takes 999 parameters at the least.
 _CHUNK = 500
@@ -39,7 +48,10 @@ def write(path: Path, entries: Iterable[Entry], meta: Mapping[str, Any]) -> Path
         meta: anything that JSON can hold; what made the index.
 
     Returns:
-        The file that holds what could not be carried over (see `carry.carried`), if anything.
+        The file that holds what could not be carried over (see `carry.Carried`), if anything.
+
+    Warns:
+        UserWarning: labels by a judge are out of date.
 
     Raises:
         IndexingError: the disk is full, the folder can't be written, another process writes, or
@@ -54,7 +66,7 @@ def write(path: Path, entries: Iterable[Entry], meta: Mapping[str, Any]) -> Path
                 connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF")
                 _fill(connection, entries, meta)
                 lock.enter_context(locked(path))
-                left = carried(path, connection)
+                kept = carried(path, connection, load)
                 # The version comes last: a file without it is not whole.
                 connection.execute(f"PRAGMA user_version = {SCHEMA}")
                 connection.commit()
@@ -64,7 +76,9 @@ def write(path: Path, entries: Iterable[Entry], meta: Mapping[str, Any]) -> Path
                 "temporary files (SQLITE_TMPDIR says where), or choose a run folder that you can "
                 "write to"
             ) from error
-    return left
+    if kept.outdated:
+        warnings.warn(outdated(path, kept.outdated), stacklevel=2)
+    return kept.left
 
 
 @contextmanager
@@ -84,44 +98,56 @@ def _swept_less() -> Iterator[None]:
 def _fill(
     connection: sqlite3.Connection, entries: Iterable[Entry], meta: Mapping[str, Any]
 ) -> None:
+    # What is only needed to write isn't loaded for a search.
+    from saesteer.core.progress import progress
+
     create(connection)
     # One transaction over all, which without a journal takes no room; places within a word are
     # known when all features are.
     connection.execute(
         "CREATE TEMP TABLE fired "
-        "(word INTEGER, feature INTEGER, share REAL, lift REAL, recall REAL)"
+        "(word INTEGER, feature INTEGER, share REAL, lift REAL, recall REAL, base REAL)"
     )
     vocab, words = Vocab(), dict[str, int]()
     counts = {"n_features": 0, "n_alive": 0}
 
-    def pairs() -> Iterator[tuple[int, Mapping[str, str]]]:
-        for number, entry in enumerate(entries):
-            feature = entry.feature
-            if feature.id != number:
-                raise IndexingError(
-                    f"entry {number} of the index is of feature {feature.id}; features must come "
-                    "as 0, 1, 2, …: fill gaps with features that never fired"
-                )
-            _write_feature(connection, feature, vocab, words)
-            counts["n_features"] += 1
-            counts["n_alive"] += feature.n_fired > 0
-            yield feature.id, entry.texts
+    bars: list[Any] = []
+    with ExitStack() as shown:
 
-    fts.build(connection, pairs())
-    lay_fires(connection, "temp.fired")
-    connection.execute("DROP TABLE temp.fired")
-    for name in MEASURED:
-        lay_column(connection, name)
-    connection.executemany(
-        "INSERT INTO words (rowid, text) VALUES (?, ?)", ((i, word) for word, i in words.items())
-    )
-    connection.executemany(
-        "INSERT INTO vocab VALUES (?, ?)", ((i, _storable(t)) for i, t in vocab.texts.items())
-    )
-    connection.executemany(
-        "INSERT INTO meta VALUES (?, ?)",
-        ((k, json.dumps(v)) for k, v in {**meta, **counts}.items()),
-    )
+        def pairs() -> Iterator[tuple[int, Mapping[str, str]]]:
+            for number, entry in enumerate(entries):
+                feature = entry.feature
+                if feature.id != number:
+                    raise IndexingError(
+                        f"entry {number} of the index is of feature {feature.id}; features must "
+                        "come as 0, 1, 2, …: fill gaps with features that never fired"
+                    )
+                _write_feature(connection, feature, vocab, words)
+                counts["n_features"] += 1
+                counts["n_alive"] += feature.n_fired > 0
+                yield feature.id, entry.texts
+            # Only now, so that it doesn't stand among the bars of whoever makes the entries.
+            bars.append(shown.enter_context(progress("write", 3, unit="step")))
+
+        fts.build(connection, pairs())
+        bars[0].update()
+        lay_fires(connection, "temp.fired")
+        connection.execute("DROP TABLE temp.fired")
+        bars[0].update()
+        for name in MEASURED:
+            lay_column(connection, name)
+        connection.executemany(
+            "INSERT INTO words (rowid, text) VALUES (?, ?)",
+            ((i, word) for word, i in words.items()),
+        )
+        connection.executemany(
+            "INSERT INTO vocab VALUES (?, ?)", ((i, storable(t)) for i, t in vocab.texts.items())
+        )
+        connection.executemany(
+            "INSERT INTO meta VALUES (?, ?)",
+            ((k, json.dumps(v)) for k, v in {**meta, **counts}.items()),
+        )
+        bars[0].update()
 
 
 def _write_feature(
@@ -132,30 +158,25 @@ def _write_feature(
         _INSERT,
         (
             f.id,
-            _storable(f.label),
+            storable(f.label),
             *figures,
             f.decoder_norm,
             f.label_source,
             f.label_score,
             f.output_score,
             f.own_effect,
-            None if f.token_set is None else _storable(f.token_set),
+            None if f.token_set is None else storable(f.token_set),
             f.token_set_score,
         ),
     )
     connection.execute("INSERT INTO evidence VALUES (?, ?)", (f.id, pack(f, vocab)))
     by_word = {
-        words.setdefault(_storable(word.text.casefold()), len(words) + 1): word for word in f.words
+        words.setdefault(storable(word.text.casefold()), len(words) + 1): word for word in f.words
     }
     connection.executemany(
-        "INSERT INTO temp.fired VALUES (?, ?, ?, ?, ?)",
-        [(i, f.id, w.share, w.lift, w.recall(f.density)) for i, w in by_word.items()],
+        "INSERT INTO temp.fired VALUES (?, ?, ?, ?, ?, ?)",
+        [(i, f.id, w.share, w.lift, w.recall(f.density), w.base) for i, w in by_word.items()],
     )
-
-
-def _storable(text: str) -> str:
-    """Without what SQLite can't hold as text: lone surrogates read '?'."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def load(

@@ -1,8 +1,10 @@
 """Features as CSV, one row a feature: for a spreadsheet or a data frame."""
 
 import csv
-from collections.abc import Iterable
-from typing import TextIO
+import json
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, TextIO
 
 from saesteer.features.hit import marked
 from saesteer.features.records import Feature
@@ -26,6 +28,7 @@ COLUMNS = (
     "decoder_norm",
     "output_score",
     "own_effect",
+    "measured_with",
     "token_set",
     "token_set_score",
     "words",
@@ -37,7 +40,11 @@ COLUMNS = (
 _FORMULA = ("=", "+", "-", "@")
 
 
-def write(file: TextIO, features: Iterable[Feature]) -> int:
+def write(
+    file: TextIO,
+    features: Iterable[Feature],
+    measured_with: Mapping[int, Mapping[str, Any]] = MappingProxyType({}),
+) -> int:
     """Write a header and one row a feature, and say how many features there were.
 
     Features are read one by one. What was not measured is an empty cell. Words and tokens stand
@@ -46,17 +53,18 @@ def write(file: TextIO, features: Iterable[Feature]) -> int:
 
     Args:
         file: open for writing; newline="" where it is a file.
+        measured_with: of a feature, the settings of its effects (see `outputs`): a cell of JSON.
     """
     rows = csv.writer(file, lineterminator="\n")
     rows.writerow(COLUMNS)
     n = 0
     for record in features:
-        rows.writerow(_cell(value) for value in _row(record))
+        rows.writerow(_cell(value) for value in _row(record, measured_with.get(record.id)))
         n += 1
     return n
 
 
-def _row(f: Feature) -> list[object]:
+def _row(f: Feature, how: Mapping[str, Any] | None) -> list[object]:
     note = f.note
     return [
         f.id,
@@ -76,6 +84,7 @@ def _row(f: Feature) -> list[object]:
         f.decoder_norm,
         f.output_score,
         f.own_effect,
+        None if how is None else json.dumps(how, sort_keys=True),
         f.token_set,
         f.token_set_score,
         " ".join(word.text for word in f.words),

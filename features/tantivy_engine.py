@@ -19,6 +19,7 @@ from saesteer.features.engine import Scored
 from saesteer.features.query import AllOf, AnyOf, Node, Phrase, Without
 from saesteer.features.rank import FIELD_WEIGHTS
 from saesteer.features.records import FIELDS, QUERY_FIELDS
+from saesteer.features.schema import storable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,8 +69,7 @@ def build(
             document = tantivy.Document()
             document.add_integer("id", feature)
             for field in FIELDS:
-                text = texts.get(field, "").encode("utf-8", "replace").decode()
-                document.add_text(field, text)
+                document.add_text(field, storable(texts.get(field, "")))
             writer.add_document(document)
         writer.commit()
         writer.wait_merging_threads()

@@ -6,7 +6,9 @@ Highlights are ANSI only where `colour` is set (a terminal); else the firing tok
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from saesteer.features import outputs
 from saesteer.features.hit import Hit
 from saesteer.features.records import Feature, Histogram, Neighbour, TokenStat
 from saesteer.features.view_parts import (
@@ -27,6 +29,7 @@ from saesteer.features.view_parts import (
     shown_name,
     style,
     tenths,
+    times,
     trimmed,
 )
 
@@ -39,6 +42,7 @@ def hits(
     query: str,
     *,
     suggestions: Sequence[str] = (),
+    advice: str = "",
     note: str | None = None,
     colour: bool = False,
     width: int = WIDTH,
@@ -46,41 +50,43 @@ def hits(
     """A list of hits, three lines each.
 
     Args:
-        suggestions: other queries to try, where nothing was found.
+        suggestions: other queries, where a word is unknown; advice: what to try where nothing was
+            found.
         note: what is to be said of how the query was read, before all else.
     """
     lines = [] if not note else [_cut(note, width)]
     if not found:
-        lines.append(
-            f"no feature matches {clean(query)!r}; try a word that the text is likely to hold, "
-            "or a shorter one"
-        )
-        if suggestions:
-            lines.append(f"did you mean {' or '.join(repr(clean(s)) for s in suggestions)}?")
-        return "\n".join(lines)
+        lines.append(f"no feature matches {clean(query)!r}{advice and f'; {advice}'}")
+    if suggestions:
+        lines.append(f"did you mean {' or '.join(repr(clean(s)) for s in suggestions)}?")
     for number, hit in enumerate(found, 1):
         head = f"{number:>2}. {'★ ' if hit.starred else ''}feature {hit.id}  "
         tail = f"  fires on {percent(hit.density)}, max {hit.max_act:.3g}"
         label = _cut(hit.label, width - columns(head) - columns(tail))
         lines.append(f"{head}{style(label, BOLD, colour)}{tail}")
-        lines.append(f"    {_cut(' · '.join([hit.why, *_beside(hit)]), width - 4)}")
+        lines.append(f"    {_why(hit, width - 4)}")
         if hit.example:
             lines.append(f"    {around_mark(clean(hit.example), width - 4, colour)}")
     return "\n".join(lines)
 
 
-def _beside(hit: Hit) -> list[str]:
-    told = [f"label by a {hit.source}"] if hit.source == "judge" else []
+def _why(hit: Hit, width: int) -> str:
+    """Why it was found, what it causes, who named it: in one line, the reason cut before the
+    figures, tags before all else."""
+    told = [] if hit.output_score is None else [f"output {hit.output_score:.2g}"]
+    told += [] if hit.own_effect is None else [f"own {hit.own_effect:.2g}"]
+    told += [f"label by a {hit.source}"] if hit.source == "judge" else []
     told += ["named by you"] if hit.source == "user" else []
-    told += [] if hit.output_score is None else [f"output score {hit.output_score:.2g}"]
-    told += [] if hit.own_effect is None else [f"own effect {hit.own_effect:.2g}"]
-    return told + [f"#{tag}" for tag in hit.tags]
+    figures = "".join(f" · {clean(part)}" for part in told)
+    tags = "".join(f" · #{clean(tag)}" for tag in hit.tags)
+    return cut(_cut(hit.why, width - columns(figures)) + figures + tags, width)
 
 
 def feature(
     record: Feature,
     *,
     beside: Mapping[int, str] | None = None,
+    measured_with: Mapping[str, Any] | None = None,
     colour: bool = False,
     width: int = WIDTH,
     examples: int = 10,
@@ -90,6 +96,7 @@ def feature(
 
     Args:
         beside: labels of its neighbours, by number; those without one are shown by number.
+        measured_with: the settings of its effects (see `outputs`).
         examples: how many of the strongest.
         of_each_tenth: how many drawn from each tenth of its activations.
     """
@@ -105,6 +112,9 @@ def feature(
         lines += textwrap.wrap(clean(note.text), width)
     told = [label_figures(record), *(f"{name} {value}" for name, value in figures(record))]
     lines += _joined(told, width)
+    if measured_with is not None and (record.output_score, record.own_effect) != (None, None):
+        how = clean(f"effects measured {outputs.told(measured_with)}")
+        lines += [cut(line, width) for line in textwrap.wrap(how, width)]
     if record.n_fired:
         lines += _tokens(record, width, colour)
     lines += _logits(record, width, colour)
@@ -168,22 +178,31 @@ def _logits(record: Feature, width: int, colour: bool) -> list[str]:
 
 
 def _shape(record: Feature, width: int, colour: bool) -> list[str]:
-    """Histograms on one line each, and where in a context it fires."""
+    """Histograms on one line each, and how often it fires by place in the context."""
     lines = []
     if record.activations is not None:
         # From 0 up, so that a gap above 0 shows; one column a bin, two where there is room.
         lines.append(_histogram("activations", record.activations, width))
     if record.logits is not None:
         lines.append(_histogram("logits", record.logits, width))
-    at = places(record.positions)
-    if at:
-        heights = bars([share for _, share in at])
-        named = " ".join(f"{bar}{name}" for (name, _), bar in zip(at, heights, strict=True))
-        lines.append(cut(f"  {'place in context':<18}{named}", width))
     if lines:
         about = "how its activations, and its logits, are spread (counts on a root scale)"
         lines = ["", style(cut(about, width), DIM, colour), *lines]
+    at = places(record.positions)
+    if at:
+        about = "how often it fires by place in the context (1: as often as anywhere)"
+        lines += ["", style(cut(about, width), DIM, colour), *_columns(at, width)]
     return lines
+
+
+def _columns(at: Sequence[tuple[str, float]], width: int) -> list[str]:
+    """Places and how often it fires there, one above the other."""
+    lines = ["  token ", "  times "]
+    for name, ratio in at:
+        value = times(ratio)
+        wide = 1 + max(3, columns(name), columns(value))
+        lines = [lines[0] + name.rjust(wide), lines[1] + value.rjust(wide)]
+    return [cut(text, width) for text in lines]
 
 
 def _histogram(name: str, histogram: Histogram, width: int) -> str:

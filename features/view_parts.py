@@ -67,11 +67,21 @@ def label_figures(record: Feature) -> str:
 
 
 def places(positions: Sequence[float]) -> list[tuple[str, float]]:
-    """(place in the context, share of the firings) up to the last place where it fires."""
-    last = max((i for i, share in enumerate(positions) if share > 0), default=-1)
+    """(place in the context, how often it fires there against anywhere) up to the last place where
+    it fires."""
+    last = max((i for i, ratio in enumerate(positions) if ratio > 0), default=-1)
     names = ["0", "1", *(f"{2**i}–{2 ** (i + 1) - 1}" for i in range(1, len(positions) - 1))]
     names[-1] = f"{2 ** (len(positions) - 2)}+" if len(positions) > 2 else names[-1]
     return list(zip(names, positions, strict=False))[: last + 1]
+
+
+def times(ratio: float) -> str:
+    """How many times as often, in few characters: 0, <.1, 0.8, 4.2, 37."""
+    if ratio <= 0:
+        return "0"
+    if ratio < 0.1:
+        return "<.1"
+    return f"{ratio:.1f}" if ratio < 9.95 else f"{ratio:.0f}"
 
 
 def bars(values: Sequence[float]) -> str:

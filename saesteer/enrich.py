@@ -2,27 +2,27 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from saesteer.core.model import EMBEDDED
 from saesteer.core.progress import progress
 from saesteer.effects import output_score
 from saesteer.effects.planted_causes import neutral_prompts
-from saesteer.errors import TextError
 from saesteer.features import judge as judging
-from saesteer.features import judge_scores, reading, store
-from saesteer.units import checked, neutral_tokens
+from saesteer.features import judge_scores, store
+from saesteer.features.judge_silence import Silence
+from saesteer.features.words import Pieces
+from saesteer.units import checked
 
 if TYPE_CHECKING:
+    from saesteer.core.shards import ContextBatch
     from saesteer.features.records import Feature
     from saesteer.features.search import Index
     from saesteer.run import Run
 
 # Effects are kept after so many features: what is stopped goes on from there.
 _KEPT_AT_ONCE = 256
-# Contexts of text in which a label's score looks for windows where the feature is silent.
-_CONTEXTS = 256
 # A label that rests on so many firings is half as sure as its confidence says.
 _FEW = 20
 
@@ -77,31 +77,24 @@ def labels(
     write: judging.Write,
     *,
     model: str,
-    texts: Iterable[str] | None = None,
-    score: bool = True,
+    contexts: "Iterable[ContextBatch] | None" = None,
 ) -> Iterator[int]:
     """Have features labelled by a model, score the labels, and yield each feature when it is done.
 
     Args:
         write: asked for labels and for yes or no, under the name `model`.
-        texts: where to look for windows in which a feature is silent; by default the run's
-            held-out tokens.
-        score: whether to score labels that have no score yet.
+        contexts: text with activations at the run's hook point (`run_text.batches`), in which
+            windows are looked for where a feature is silent; None: no label is scored.
 
     Raises:
-        IndexingError: no index, one of another SAE or model, no answer, or it can't be written.
-        TextError: nothing to score on.
+        IndexingError: no index, one of another SAE or model, no answer, it can't be written, or
+            no text to score on.
     """
     index = checked(run)
     asked = list(dict.fromkeys(features))
-    if score:
-        if texts is None:
-            texts = [run.tokenizer.decode(row) for row in neutral_tokens(run, _CONTEXTS)]
-        encoded = reading.encode(run.model, run.tokenizer, run.sae, texts)
-        first = next(encoded, None)
-        if first is None:
-            raise TextError("no text to score labels on; give some with --text FILE")
-        silence = judge_scores.Silence(chain([first], encoded))
+    silence = None
+    if contexts is not None:
+        silence = Silence(contexts, run.sae, Pieces(run.tokenizer), run.special_ids)
     labelled = judging.label_features(
         index.path,
         (index.feature(feature) for feature in asked),
@@ -110,7 +103,7 @@ def labels(
         n_features=len(asked),
     )
     for judged in labelled:
-        if score:
+        if silence is not None:
             record = index.feature(judged.feature)
             if not judge_scores.is_scored(index.path, judged.feature, judged.key):
                 deque(

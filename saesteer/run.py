@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from saesteer import config as configuration
 from saesteer import named, run_folder, run_search
 from saesteer.config import Config
-from saesteer.errors import SaeError
 from saesteer.named import Name, Strength
 
 if TYPE_CHECKING:
@@ -158,8 +157,7 @@ class Run:
         from saesteer.core.sae import load_sae
         from saesteer.core.sae_fits import check_fits
 
-        if not (self.path / "sae").is_dir():
-            raise SaeError(f"{self.path} has no SAE yet; run `saesteer train {self.path}`")
+        run_folder.check_sae(self.path)
         sae = load_sae(self.path / "sae")
         check_fits(sae, self.model, self.hook_point, model_id=self.config.model.id)
         return sae.to(self.model.device)

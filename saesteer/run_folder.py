@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from saesteer import config as configuration
 from saesteer.config import Config
 from saesteer.core.files import stamp
-from saesteer.errors import ConfigError, IndexingError, RunError
+from saesteer.errors import ConfigError, IndexingError, RunError, SaeError
 
 if TYPE_CHECKING:
     from saesteer.core.sae import Sae
@@ -117,6 +117,29 @@ def open_index(path: Path) -> "Index":
             "again"
         )
     return index
+
+
+def check_sae(path: Path) -> None:
+    """SaeError where a run has no SAE; of an imported run it says what that can't do."""
+    if (path / "sae").is_dir():
+        return
+    if source := _imported_from(path):
+        raise SaeError(
+            f"{path} was imported to be looked at ({source}): it has no SAE, so nothing can be "
+            "measured, read or steered with it; search it by words, in order of match, or make a "
+            "run of the SAE itself with `saesteer new OTHER --sae … --model …` and index that"
+        )
+    raise SaeError(f"{path} has no SAE yet; run `saesteer train {path}`")
+
+
+def _imported_from(path: Path) -> str | None:
+    """The export that a run's index was made of; None of any other run."""
+    try:
+        index = open_index(path)
+    except IndexingError:
+        return None
+    with index:
+        return index.meta.get("imported_from")
 
 
 def sae_stamp(path: Path) -> str:

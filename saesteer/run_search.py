@@ -1,14 +1,18 @@
 """How a run finds features by what they do: on a text, between texts, beside another feature."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Literal
 
+from saesteer import run_folder
+from saesteer.errors import IndexingError
 from saesteer.units import checked
 
 if TYPE_CHECKING:
     from saesteer.features.hit import Hit
     from saesteer.features.reading import Encoded, TokenReading
+    from saesteer.features.search import Index
     from saesteer.run import Run
 
 # Matches whose effect is measured where the order by effect is asked for.
@@ -25,20 +29,42 @@ def search(
         sort: "effect" puts first what also causes what it fires on. Of the best matches those not
             measured yet are measured then, which needs the model.
 
+    Warns:
+        UserWarning: effects would have to be measured and can't be kept; the order is by those
+            that are known.
+
     Raises:
         IndexingError: no index, a damaged one, or one of another SAE.
+        SaeError: an effect is to be measured, and the run has no SAE.
     """
     index = run.index
-    if sort == "effect" and not index.meta.get("imported_from"):
+    if sort == "effect":
         from saesteer.features.store import measured
 
         known = measured(index.path)
         first = index.search(query, max(limit, _MEASURED))
         if new := [hit.id for hit in first if hit.id not in known]:
-            from saesteer.enrich import effects
-
-            effects(run, new)
+            _measure(run, new)
     return index.search(query, limit, sort=sort)
+
+
+def _measure(run: "Run", features: Sequence[int]) -> None:
+    """Measure effects and keep them; where they can't be kept, say so and leave them."""
+    from saesteer.enrich import effects
+    from saesteer.features.database import locked
+
+    path = _index(run).path
+    try:
+        # Before the work: where nothing can be written, it would be lost.
+        with locked(path):
+            pass
+        effects(run, features)
+    except IndexingError as error:
+        warnings.warn(
+            f"hits are in order of the effects known before, the others by match: those of "
+            f"{len(features)} features can't be kept ({error})",
+            stacklevel=2,
+        )
 
 
 def like(run: "Run", text: str, limit: int = 10) -> "list[Hit]":
@@ -46,11 +72,11 @@ def like(run: "Run", text: str, limit: int = 10) -> "list[Hit]":
 
     Raises:
         TextError: a text without a token.
-        IndexingError: no index, or one of another SAE or model.
+        SaeError: no SAE. IndexingError: no index, or one of another SAE or model.
     """
     from saesteer.features.like import by_example
 
-    index = checked(run)
+    index = _index(run)
     (encoded,) = _encoded(run, [text])
     found = by_example(
         encoded.plain_codes(),
@@ -80,12 +106,12 @@ def contrast(
     A hit's score is its AUROC, or one less that where it is of the negative texts.
 
     Raises:
-        TextError: a text without a token.
+        TextError: a text without a token. SaeError: no SAE.
         IndexingError: fewer than two texts on a side; no index, or one of another SAE or model.
     """
     from saesteer.features.like import contrast as between
 
-    index = checked(run)
+    index = _index(run)
     sides = [[one.plain_codes() for one in _encoded(run, texts)] for texts in (positive, negative)]
     found = []
     for one in between(*sides, limit=limit):
@@ -119,11 +145,11 @@ def read(run: "Run", text: str, top: int = 5) -> "list[TokenReading]":
 
     Raises:
         TextError: a text without a token.
-        IndexingError: no index, or one of another SAE or model.
+        SaeError: no SAE. IndexingError: no index, or one of another SAE or model.
     """
     from saesteer.features import reading
 
-    index = checked(run)
+    index = _index(run)
     (encoded,) = _encoded(run, [text])
     return reading.read(
         encoded,
@@ -132,6 +158,12 @@ def read(run: "Run", text: str, top: int = 5) -> "list[TokenReading]":
         n_tokens=index.meta["n_tokens"],
         top=top,
     )
+
+
+def _index(run: "Run") -> "Index":
+    """The index, with an SAE and a model that it was made of."""
+    run_folder.check_sae(run.path)
+    return checked(run)
 
 
 def _encoded(run: "Run", texts: Sequence[str]) -> "Iterator[Encoded]":

@@ -2,8 +2,13 @@
 
 import itertools
 import math
+import warnings
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
+import numpy as np
+
+from saesteer import run_folder
 from saesteer.config import Config
 from saesteer.core.shards import ContextBatch
 from saesteer.errors import CacheError, ConfigError
@@ -12,6 +17,9 @@ from saesteer.training import cache as caching
 from saesteer.training import packing, rows
 from saesteer.training import text as reading
 from saesteer.training.ranks import ALONE, Ranks
+
+if TYPE_CHECKING:
+    from saesteer.features.statistics import Statistics
 
 # Contexts that one of several processes takes together.
 _BLOCK = 64
@@ -33,10 +41,11 @@ def named_source(run: Run, text: str | None) -> str:
     """The text that is read where there is no cache: `text`, else the run's own.
 
     Raises:
-        CacheError: neither is there.
+        CacheError: neither is there. SaeError: nor is an SAE, for which text would be read.
     """
     source = text or run.config.text.source
     if not source:
+        run_folder.check_sae(run.path)
         raise CacheError(
             f"{run.path} has no cached activations; give text to read with --text FILE"
         )
@@ -52,6 +61,23 @@ def text_source(run: Run, source: str | None = None) -> dict[str, str]:
         "split": about.split,
         "separator": about.document_separator,
     }
+
+
+def warn_of_one_document(run: Run, seen: "Statistics") -> None:
+    """Say it where all text that was indexed came as one document.
+
+    Examples are each from another document, so that every feature has one strongest example then.
+    """
+    examples = seen.examples
+    documents = np.unique(examples.documents[examples.values > 0])
+    if len(documents) == 1 and seen.n_contexts > 1:
+        warnings.warn(
+            "the text came as one document, so each feature has one strongest example only; say "
+            f"what stands between documents (now {run.config.text.document_separator!r}) with "
+            f"document_separator under [text] in {run.path / 'config.toml'}, and where the text "
+            "is cached, cache it again",
+            stacklevel=2,
+        )
 
 
 def check_context_size(run: Run, size: int) -> None:

@@ -23,7 +23,14 @@ from saesteer.features.collect import collect
 from saesteer.features.search import Index
 from saesteer.features.statistics import Statistics
 from saesteer.run import Run
-from saesteer.run_text import batches, check_context_size, has_cache, named_source, text_source
+from saesteer.run_text import (
+    batches,
+    check_context_size,
+    has_cache,
+    named_source,
+    text_source,
+    warn_of_one_document,
+)
 from saesteer.training import cache as caching
 from saesteer.training import evaluate as evaluation
 from saesteer.training import packing, rows
@@ -203,9 +210,11 @@ def index(
         def write() -> None:
             if not ranks.first:
                 return
+            seen = collected.pop() if collected else gathered(passes)
+            warn_of_one_document(run, seen)
             kept = write_index(
                 run.path / "features.sqlite",
-                collected.pop() if collected else gathered(passes),
+                seen,
                 run.model,
                 run.tokenizer,
                 run.sae,

@@ -113,8 +113,8 @@ def neutral_tokens(run: "Run", most: int) -> Sequence[list[int]]:
 
     if run.config.rows.live or not (run.path / "activations" / "manifest.json").exists():
         raise TextError(
-            f"{run.path} has no held-out tokens to measure costs on; give neutral text with "
-            "--texts FILE"
+            f"{run.path} has no held-out tokens to measure costs on; `saesteer dose` takes neutral "
+            "text with --texts FILE, or cache some with `saesteer cache`"
         )
     first = rows.first_evaluated(run.shards.n_contexts, run.config.cache.held_out)
     batches = run.shards.contexts(first, first + most)

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -13,6 +14,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from saesteer.cli.main import main
+from saesteer.effects import output_score
+from saesteer.effects.planted_causes import neutral_prompts
 from saesteer.run import Run
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -55,7 +58,8 @@ def test_every_search_is_the_same_in_json_and_in_python(say, small_run, tmp_path
     ):
         found = json.loads(say(f"search {run.path} {line} --limit 4 --json"))
         assert len(found) == len(hits) > 0
-        assert found == json.loads(json.dumps([dataclasses.asdict(hit) for hit in hits]))
+        expected = [dataclasses.asdict(hit) | {"measured_with": None} for hit in hits]
+        assert found == json.loads(json.dumps(expected))
         shown = say(f"search {run.path} {line} --limit 4")
         assert [f"feature {hit.id}  " in shown for hit in hits] == [True] * len(hits)
 
@@ -66,21 +70,80 @@ def test_a_misspelled_word_and_a_broken_expression_are_told(say, small_run):
     assert "words" in note
 
 
-def test_effects_are_shown_once_they_are_measured(say, folder):
-    assert "output score" not in say(f"search {folder} the")
-    assert "output score" in say(f"search {folder} the --sort effect")
-    assert "output score" in say(f"search {folder} the")
+def test_effects_are_shown_once_they_are_measured_and_with_what(say, folder, tmp_path):
+    assert "· output" not in say(f"search {folder} the")
+    for line in (f"search {folder} the --sort effect", f"search {folder} the"):
+        shown = say(line)
+        assert " · output " in shown and " · own " in shown
+        assert max(map(len, shown.splitlines())) <= 80
+    (first, *_) = json.loads(say(f"search {folder} the --json"))
+    how = first["measured_with"]
+    assert how == output_score.settings(neutral_prompts()) and first["output_score"] is not None
+    i = first["id"]
+    assert json.loads(say(f"feature {folder} {i} --json"))["measured_with"] == how
+    told = f"measured by adding {how['amplification']}x after {len(how['prompts'])} prompts"
+    assert told in say(f"feature {folder} {i}")
+    say(f"feature {folder} {i} --html {tmp_path / 'page.html'}")
+    assert told in (tmp_path / "page.html").read_text()
+    rows = list(csv.DictReader(io.StringIO(say(f"export {folder} -"))))
+    assert json.loads(rows[i]["measured_with"]) == how
+    assert all((row["measured_with"] == "") == (row["output_score"] == "") for row in rows)
+
+
+def test_words_may_begin_with_a_dash(say, small_run):
+    run = Run.open(small_run.path)
+    for words in ("-zzzz boat", "-is:dead the", "-tag:x boat", "-is:dead"):
+        hits = [hit.id for hit in run.search(words, 3)]
+        assert hits
+        for line in (
+            f"'{words}' --limit 3 --json",
+            f"--json --limit 3 '{words}'",
+            f"--limit=3 --json -- '{words}'",
+        ):
+            assert [hit["id"] for hit in json.loads(say(f"search {run.path} {line}"))] == hits
+    tokens = run.read("-boat", 3)
+    assert len(say(f"read {run.path} -boat").splitlines()) == len(tokens)
+    with pytest.raises(SystemExit) as left:
+        main(["search", str(run.path), "-h"])
+    assert left.value.code == 0
+    for mistake in (["boat", "--limt", "3"], ["--limit", "-dog"]):
+        with pytest.raises(SystemExit) as left:
+            main(["search", str(run.path), *mistake])
+        assert left.value.code == 2
+
+
+def test_where_filters_alone_find_nothing_no_other_word_is_asked_for(say, small_run):
+    said = say(f"search {small_run.path} 'is:starred max_act>3'")
+    assert (
+        "no feature matches 'is:starred max_act>3'; loosen a filter" in said and "word" not in said
+    )
+    assert "try a word" in say(f"search {small_run.path} zzzz")
+    assert "or leave the filters out" in say(f"search {small_run.path} 'zzzz is:dead'")
 
 
 def test_index_measures_effects_and_writes_a_gallery(say, folder, tmp_path):
     out = say(f"index {folder} --effects 3 --html {tmp_path / 'gallery'} --top 2 --neighbours 0")
     assert "effects of 3 features measured" in out
-    assert (tmp_path / "gallery" / "index.html").read_text().startswith("<!doctype html>")
+    front = (tmp_path / "gallery" / "index.html").read_text()
+    assert front.startswith("<!doctype html>") and "measured</dt><dd>by adding 0.5x after" in front
     index = Run.open(folder).index
     record = index.feature(3)
     assert not record.neighbours
     assert sum(example.group == "top" for example in record.examples) <= 2
     assert sum(index.feature(i).output_score is not None for i in range(128)) == 3
+
+
+def test_what_takes_long_where_features_are_many_shows_how_far_it_is(capsys, folder, tmp_path):
+    for line, bars in (
+        (
+            f"index {folder} --html {tmp_path / 'gallery'}",
+            [r"write .* 3.00/3.00", r"gallery .* 128/128"],
+        ),
+        (f"export {folder} {tmp_path / 'x.csv'}", [r"export .* 128/128"]),
+    ):
+        assert main(shlex.split(line)) == 0
+        err = capsys.readouterr().err
+        assert all(re.search(bar, err) for bar in bars), err
 
 
 def test_without_tantivy_the_index_is_made_and_the_missing_engine_named(
@@ -99,7 +162,7 @@ def test_a_feature_in_the_terminal_on_a_page_and_as_json(say, small_run, tmp_pat
     text = page.read_text()
     assert text.startswith("<!doctype html>") and "http" not in text.split("</style>")[1]
     found = json.loads(say(f"feature {small_run.path} 3 --json"))
-    assert found == json.loads(json.dumps(dataclasses.asdict(record)))
+    assert found == json.loads(json.dumps(dataclasses.asdict(record) | {"measured_with": None}))
     shown = say(f"feature {small_run.path} 3")
     assert record.label in shown
     assert max(map(len, shown.splitlines())) <= 80

@@ -348,3 +348,12 @@ def test_bad_input_is_refused_in_one_line() -> None:
     one, other = collected(some_batches(2), sae), collected(some_batches(2), sae, top_contexts=3)
     with pytest.raises(IndexingError, match="can't be merged"):
         one.merge(other)
+
+
+def test_no_token_follows_the_last_of_a_context() -> None:
+    """A document that goes on in the next context: what is between them is not known to be next."""
+    tokens = np.full((2, 3), 5, np.int32)
+    batch = ContextBatch(tokens, np.zeros((2, 3), np.int32), torch.ones(2, 3, D), 0)
+    found = collected([batch], an_sae())
+    assert found.next_counts.sum() == 4
+    assert set(found.next_fired.tolist()) == {0, 4} and set(found.fired.tolist()) == {0, 6}

@@ -1,6 +1,8 @@
 """The record and the searchable text of every feature, from statistics and weights."""
 
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,11 +11,13 @@ import torch
 from saesteer.core.shards import ContextBatch
 from saesteer.errors import IndexingError
 from saesteer.features import entries as module
+from saesteer.features import store
 from saesteer.features.collect import collect
 from saesteer.features.entries import entries
 from saesteer.features.records import Entry, Feature
+from saesteer.features.search import Index
 from saesteer.features.statistics import Statistics
-from saesteer.features.weights import WeightChunk, describe
+from saesteer.features.weights import WeightChunk, describe, logit_lens
 from tests.sea_and_land import (
     AXES,
     BOAT,
@@ -146,3 +150,35 @@ def test_statistics_of_another_sae_are_refused(n: int) -> None:
     chunks = describe(tiny_model("llama"), torch.ones(n, WIDTH), [""] * VOCAB)
     with pytest.raises(IndexingError, match=f"{n} features and statistics of 5"):
         list(entries(collected(some_batches()), chunks, TOKENIZER))
+
+
+def test_promoted_and_suppressed_tokens_are_the_two_ends_of_the_lens() -> None:
+    lens = logit_lens(tiny_model("llama"), an_sae().W_dec, exclude=SPECIAL)
+    for entry in made():
+        f = entry.feature
+        np.testing.assert_allclose(
+            [x for _, x in f.promotes], lens.promoted_logits[f.id], rtol=1e-5
+        )
+        np.testing.assert_allclose(
+            [x for _, x in f.suppresses], lens.suppressed_logits[f.id], rtol=1e-5
+        )
+
+
+def test_no_phrase_runs_from_one_example_or_promoted_token_into_the_next(tmp_path: Path) -> None:
+    store.write(tmp_path / "i.sqlite", made(), {})
+    sea = made()[SEA].feature
+    top = [
+        [word for word in "".join(x.pieces).split() if word.isalpha()]
+        for x in sea.examples
+        if x.group == "top"
+    ]
+    text = " | ".join(" ".join(words) for words in top)
+    joins = [(a[-1], b[0]) for a, b in pairwise(top)]
+    last, first = next(pair for pair in joins if " ".join(pair) not in text)
+    with Index.open(tmp_path / "i.sqlite") as index:
+        within = top[0]
+        assert SEA in [hit.id for hit in index.search(f'context:"{within[0]} {within[1]}"')]
+        assert SEA not in [hit.id for hit in index.search(f'context:"{last} {first}"')]
+        (one, _), (other, _) = sea.promotes[:2]
+        assert index.search(f'promotes:"{one.strip()} {other.strip()}"') == []
+        assert index.search(f'promotes:"{one.strip()}" promotes:"{other.strip()}"')

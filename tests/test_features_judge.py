@@ -7,18 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saesteer.core.sae_codes import Codes
 from saesteer.errors import IndexingError
 from saesteer.features import notes, store
 from saesteer.features.judge import Judged, example_text, label_features, marked, prompt
-from saesteer.features.judge_scores import Silence, answer, graded, questions, score_features
-from saesteer.features.migrate import reading
-from saesteer.features.reading import Encoded
+from saesteer.features.judge_scores import answer, graded, questions, score_features
+from saesteer.features.judge_silence import Silence
+from saesteer.features.migrate import reading, writing
 from saesteer.features.records import Entry, Example, Feature, TokenStat
+from tests.test_features_judge_silence import silence_in
 
 FILLER = ("the", "a", "man", "saw", "old", "road")
 
@@ -30,7 +29,7 @@ def example(word: str, seed: int, before: int = 4, after: int = 3) -> Example:
     activations = [0.0] * before + [2.0] + [0.0] * after
     pieces = tuple(f" {w}" for w in words)
     return Example(
-        2.0, seed, before, seed, before, tuple(range(len(words))), pieces, tuple(activations)
+        2.0, seed, before, seed, before, tuple(range(1, 1 + len(words))), pieces, tuple(activations)
     )
 
 
@@ -114,13 +113,41 @@ def test_what_was_done_before_a_failure_is_kept(path):
     assert [one.asked for one in found] == [False, False, True] and len(write.asked) == 1
 
 
-def test_an_index_made_again_finds_its_labels_without_asking(path):
-    labelled(path, Namer())
+def test_labels_stand_in_an_index_made_again_where_their_evidence_is_the_same(path):
+    keys = {one.feature: one.key for one in labelled(path, Namer())}
+    with writing(path) as connection:
+        connection.execute(
+            "UPDATE judged SET detection = 0.5, fuzzing = 1, n = 9 WHERE feature = 0"
+        )
     store.write(path, [Entry(one, {}) for one in FEATURES], {"sae_hash": "a"})
-    assert loaded(path)[0].label_source == "evidence"
+    sea, kitchen, dead, _ = loaded(path)
+    assert (sea.label, sea.label_source, sea.label_score) == ("words like boat", "judge", 0.75)
+    assert (kitchen.label_score, dead.label_source) == (None, "evidence")
+    with reading(path) as connection:
+        names = dict(connection.execute("SELECT rowid, name FROM noted").fetchall())
+    assert names == {0: "words like boat", 1: "words like soup", 3: "words like moon"}
     write = Namer()
-    labelled(path, write)
-    assert write.asked == [] and loaded(path)[0].label == "words like boat"
+    assert {one.feature: one.key for one in labelled(path, write)} == keys and write.asked == []
+
+
+def test_labels_that_are_out_of_date_are_counted_and_left_out_until_asked_for(path):
+    labelled(path, Namer())
+    changed = [replace(one, promotes=(("fish", 1.0),)) if one.id else one for one in FEATURES]
+    entries = [Entry(one, {}) for one in changed]
+    said = rf"^2 of a judge's labels are out of date.* saesteer judge {path.parent} --features 1,3$"
+    with pytest.warns(UserWarning, match=said):
+        store.write(path, entries, {"sae_hash": "a"})
+    assert [one.label_source for one in loaded(path)] == ["judge", *["evidence"] * 3]
+    store.write(path, entries, {"sae_hash": "a"})  # said once
+    write = Namer()
+    list(label_features(path, changed, write, model="namer"))
+    assert len(write.asked) == 2 and loaded(path)[1].label_source == "judge"
+    # The evidence of before is known still: its labels come back by themselves.
+    store.write(path, [Entry(one, {}) for one in FEATURES], {"sae_hash": "a"})
+    assert [one.label_source for one in loaded(path)].count("judge") == 3
+    meta = {"sae_hash": "a", "model_fingerprint": "another"}
+    with pytest.warns(UserWarning, match=r"3 of a judge's .*--features 0,1,3$"):
+        store.write(path, entries, meta)
 
 
 def test_a_label_is_found_by_search_and_a_user_s_name_stands_before_it(path):
@@ -173,20 +200,14 @@ def test_a_writer_that_loses_prompts_is_told(path):
 
 @pytest.fixture(scope="module")
 def silence() -> Silence:
-    """Forty windows: feature 0 fires in every other one, feature 5 in all, the others nowhere."""
-
-    def text(i: int) -> Encoded:
+    """Forty contexts: feature 0 fires in every other one, feature 5 in all, the others nowhere."""
+    contexts = []
+    for i in range(40):
         words = np.random.default_rng(i).choice(FILLER, 10).tolist()
         if i % 2 == 0:
             words[3] = "boat"
-        rows, latents = ([3], [0]) if i % 2 == 0 else ([], [])
-        rows, latents = [*rows, *range(10)], [*latents, *[5] * 10]
-        codes = Codes(
-            torch.tensor(rows), torch.tensor(latents), torch.ones(len(rows)), 10
-        )  # fmt: skip
-        return Encoded(tuple(range(10)), tuple(f" {w}" for w in words), np.ones(10, bool), codes)
-
-    return Silence(text(i) for i in range(40))
+        contexts.append([words])
+    return silence_in(contexts, lambda word: [0, 5] if word == "boat" else [5])
 
 
 def truthful(prompts: Sequence[str]) -> list[str]:
@@ -198,25 +219,6 @@ def truthful(prompts: Sequence[str]) -> list[str]:
         looked_at = " ".join(marks) if marks else body
         said.append("Yes." if re.search("boat|shore", looked_at) else "no")
     return said
-
-
-def test_silent_windows_are_those_in_which_the_feature_does_not_fire(silence):
-    rng = np.random.default_rng(0)
-    found = silence.of(0, 100, rng)
-    assert len(found) == 20 and not any("boat" in text for text in found)
-    assert silence.of(5, 10, rng) == []
-    assert len(silence.of(77, 10, rng)) == 10
-    with pytest.raises(IndexingError, match="no text"):
-        Silence([])
-
-
-def test_long_texts_are_cut_into_windows_with_their_own_firings():
-    pieces = tuple(f" w{i}" for i in range(10))
-    codes = Codes(torch.tensor([4]), torch.tensor([3]), torch.ones(1), 10)
-    silence = Silence([Encoded(tuple(range(10)), pieces, np.ones(10, bool), codes)], window=4)
-    assert silence.texts == ["w0 w1 w2 w3", "w4 w5 w6 w7", "w8 w9"]
-    rng = np.random.default_rng(0)
-    assert set(silence.of(3, 9, rng)) == {"w0 w1 w2 w3", "w8 w9"}
 
 
 def test_questions_are_balanced_and_of_examples_the_writer_did_not_see(silence):

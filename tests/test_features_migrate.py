@@ -14,7 +14,7 @@ import pytest
 
 from saesteer.errors import IndexingError
 from saesteer.features import notes, store
-from saesteer.features.migrate import connect, migrate, reading
+from saesteer.features.migrate import connect, migrate, reading, writing
 from saesteer.features.search import Index
 from tests.some_features import read_only
 
@@ -67,7 +67,8 @@ def test_the_same_features_are_found_by_the_same_words(old: Path) -> None:
         assert connection.execute(matching).fetchall() == before
         placed = connection.execute("SELECT * FROM fires ORDER BY word, place").fetchall()
     fires.sort(key=lambda row: (row[0], -row[2] * row[4], row[1]))
-    assert [(word, *rest) for word, _, *rest in placed] == fires
+    assert [(word, *rest) for word, _, *rest, _ in placed] == fires
+    assert {base for *_, base in placed} == {0}  # not known
     words = [row[0] for row in fires]
     assert [row[1] for row in placed] == [i - words.index(word) for i, word in enumerate(words)]
     with Index.open(old) as index:
@@ -166,3 +167,17 @@ def test_in_a_folder_that_cannot_be_written_it_says_what_to_do(
     with read_only(folder), pytest.raises(IndexingError, match="saesteer index"):
         connect(folder / "features.sqlite")
     assert (folder / "features.sqlite").read_bytes() == OLD
+
+
+def test_why_writing_failed_is_told_also_where_sqlite_has_undone_it_already(old: Path) -> None:
+    connect(old).close()
+    before = old.read_bytes()
+    with pytest.raises(IndexingError, match=r"database or disk is full; free some space"):  # noqa: SIM117
+        with writing(old) as connection:
+            connection.execute("PRAGMA max_page_count = 1")  # as full as a disk can be
+            connection.execute("INSERT INTO notes VALUES (1, NULL, 0, ?, 0)", ("x" * 10**6,))
+    assert old.read_bytes() == before
+    with pytest.raises(KeyError), writing(old) as connection:
+        connection.execute("INSERT INTO tags VALUES ('sea', 1)")
+        raise KeyError
+    assert old.read_bytes() == before

@@ -15,7 +15,7 @@ from some_features import SOME
 from saesteer.errors import IndexingError
 from saesteer.features import neuronpedia
 from saesteer.features.neuronpedia_example import spelled, words_at
-from saesteer.features.neuronpedia_import import ABSENT, load
+from saesteer.features.neuronpedia_import import ABSENT, NO_WORDS, load
 from saesteer.features.records import Example, Feature, Histogram, Neighbour, Note
 from saesteer.features.search import Index
 
@@ -207,18 +207,52 @@ def test_a_window_is_cut_around_the_firing_token() -> None:
         ("features", {"index": -1}, "no feature's number"),
         ("features", {"index": 10**12}, "no feature's number"),
         ("features", [], "line 1"),
+        ("features", {"index": 0}, "line 1: feature 0 comes a second time"),
+        ("features", {"index": 1, "frac_nonzero": float("nan")}, "line 1: NaN is no number"),
+        ("features", {"index": 1, "maxActApprox": float("inf")}, "line 1: Infinity is no number"),
+        ("features", {"index": 1, "maxActApprox": "inf"}, "no finite number"),
+        ("features", {"index": 1, "frac_nonzero": 2}, "frac_nonzero is 2; expected a share"),
+        ("features", {"index": 1, "frac_nonzero": "x"}, "feature 1 is malformed"),
+        ("features", {"index": 1, "maxActApprox": 2.0}, "feature 1 .* has no frac_nonzero"),
+        ("features", {"index": 1, "frac_nonzero": None, "freq_hist_data_bar_values": [1, 2],
+                      "freq_hist_data_bar_heights": [3, 4]}, "has no frac_nonzero"),
+        ("activations", {"index": 0, "tokens": ["a"], "values": [1.0]}, "has no frac_nonzero"),
+        ("activations", {"index": 0, "tokens": ["a"], "values": [float("nan")]}, "no number"),
+        ("activations", {"index": 0, "tokens": ["a"], "values": ["nan"]}, "no finite number"),
         ("features", {"index": 1, "pos_str": ["a"], "pos_values": []}, "feature 1 is malformed"),
         ("activations", {"index": 0, "tokens": ["a"], "values": []}, "1 tokens and 0 activations"),
         ("activations", {"index": 0, "tokens": ["a"], "values": ["b"]}, "malformed example"),
         ("activations", {"index": 0, "values": [1.0]}, "malformed example"),
     ],
-)
+)  # fmt: skip
 def test_a_malformed_line_is_named(tmp_path: Path, kind: str, row: Any, said: str) -> None:
     write(tmp_path, "features", [{"index": "0"}])
     write(tmp_path, kind, [row], "batch-1.jsonl")
     with pytest.raises(IndexingError, match=said):
         load(tmp_path, tmp_path / "features.sqlite")
     assert not (tmp_path / "features.sqlite").exists()
+
+
+def test_what_the_export_does_not_show_is_not_called_never_fired(tmp_path: Path) -> None:
+    bars = {"freq_hist_data_bar_values": [1.0, 2.0, 3.0], "freq_hist_data_bar_heights": [5, 2, 0]}
+    write(tmp_path, "features", [
+        {"index": 0, "frac_nonzero": 0.1, "maxActApprox": 4.0},  # no examples
+        {"index": 1, "frac_nonzero": 0.1, **bars},
+        {"index": 2, "frac_nonzero": 0.1},
+        {"index": 3},  # nothing at all is said of it
+        {"index": 4, "frac_nonzero": 0.0, "maxActApprox": 0.0},
+        {"index": 6, "frac_nonzero": 0.1},
+    ])  # fmt: skip
+    write(tmp_path, "activations", [{"index": 6, "tokens": [" ", "\n"], "values": [0.0, 2.0]}])
+    load(tmp_path, tmp_path / "features.sqlite")
+    with Index.open(tmp_path / "features.sqlite") as index:
+        found = [index.feature(i) for i in range(7)]
+    assert [f.label for f in found] == [
+        NO_WORDS, NO_WORDS, NO_WORDS, NO_WORDS, "(never fired)", ABSENT, NO_WORDS
+    ]  # fmt: skip
+    # What is known of how often, and how strongly, is a bound.
+    assert [f.n_fired for f in found] == [1, 7, 1, 0, 0, 0, 1]
+    assert [f.max_act for f in found] == [4.0, 2.0, 0.0, 0.0, 0.0, 0.0, 2.0]
 
 
 def test_what_is_no_export_is_refused(tmp_path: Path) -> None:

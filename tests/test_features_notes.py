@@ -175,6 +175,14 @@ def test_effects_and_judgements_are_kept_for_one_sae_and_one_model(path: Path) -
     assert measured()[:2] == ([], [(None, None), (None, None)])
 
 
+def test_notes_are_carried_over_from_an_index_of_version_2(path: Path) -> None:
+    notes.star(path, 2)
+    with writing(path) as connection:
+        connection.execute("PRAGMA user_version = 2")
+    assert store.write(path, SOME, MADE_FROM) is None
+    assert written(path) == {2: Note(starred=True)}
+
+
 @pytest.mark.parametrize("cut", [50, 5_000])
 def test_an_index_that_cannot_be_read_is_kept_beside_the_new_one(path: Path, cut: int) -> None:
     notes.star(path, 0)

@@ -30,7 +30,7 @@ FULL = replace(
     suppresses=((" land", -1.0),),
     activations=Histogram((0.0, 1.0, 2.0, 3.0, 4.0), (100, 25, 4, 0)),
     logits=Histogram((-1.0, 0.0, 1.0), (3, 4)),
-    positions=(0.25, 0.0, 0.75, 0.0),
+    positions=(0.25, 0.0, 2.5, 0.0),
     neighbours=(Neighbour(7, 0.5),),
     coactive=(Neighbour(8, 12.0, 30),),
     note=Note("the sea", ("water", "blue"), True, "look at\nthe waves"),
@@ -83,7 +83,7 @@ def test_everything_measured_is_on_the_page() -> None:
     for expected in (
         "★ 0 the sea", "Named by you; its label is sea, boat, wave.", "water blue",
         "look at the waves", "fires on 2.00% of tokens (100)", "output score 0.321", "·sailed",
-        "·ocean", "·land", "Activations", "Logits", "2–3 75.0%", "Strongest examples",
+        "·ocean", "·land", "Activations", "Logits", "2–3 2.5×", "Strongest examples",
         "7 boats 0.5", "8 docks 12", "model tiny",
     ):  # fmt: skip
         # Cells stand next to each other in a page's text.
@@ -105,6 +105,18 @@ def test_what_was_not_measured_is_not_on_the_page() -> None:
         assert absent not in parsed.text
     dead = Parsed(page(SOME[2].feature))
     assert "(never fired)" in dead.text and "examples" not in dead.text and "max" not in dead.text
+
+
+def test_how_effects_were_measured_is_on_the_page_and_in_the_table() -> None:
+    how = {"prompts": [EVIL], "amplification": 0.5, "top": 20}
+    shown = Parsed(page(FULL, measured_with=how))
+    check_offline(shown)
+    assert "Output score and own effect measured by adding 0.5x after" in shown.text
+    assert "effect" not in Parsed(page(replace(FULL, output_score=None), measured_with=how)).text
+    file = io.StringIO(newline="")
+    table.write(file, [FULL, SOME[2].feature], {0: how})
+    sea, dead = csv.DictReader(io.StringIO(file.getvalue(), newline=""))
+    assert json.loads(sea["measured_with"]) == how and dead["measured_with"] == ""
 
 
 def test_nothing_from_outside_becomes_markup() -> None:

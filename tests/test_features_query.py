@@ -100,14 +100,14 @@ def test_words_whose_firing_counts_are_those_wanted_in_tokens() -> None:
 
 def test_filters_stand_beside_words_and_expressions() -> None:
     asked = parse(
-        'a density<1% b max_act > 3 effect>=-.5e-1 tag:Sea -tag:"x y" is:Starred -is:dead'
+        'a density<1% b max_act > 3 own_effect>=-.5e-1 tag:Sea -tag:"x y" is:Starred -is:dead'
     )
     assert asked.expression is None
     assert asked.words == (A, B)
     assert asked.filters == (
         Filter("density", "<", 0.01),
         Filter("max_act", ">", 3.0),
-        Filter("effect", ">=", -0.05),
+        Filter("own_effect", ">=", -0.05),
         Filter("tag", "=", "Sea"),
         Filter("tag", "!=", "x y"),
         Filter("is", "=", "starred"),
@@ -120,7 +120,7 @@ def test_filters_stand_beside_words_and_expressions() -> None:
     assert parse("densities<1 xdensity<1").filters == ()
 
 
-@pytest.mark.parametrize("text", ["density<abc", "max_act>1e999", "effect<nan", "density>1%%"])
+@pytest.mark.parametrize("text", ["density<abc", "max_act>1e999", "own_effect<nan", "density>1%%"])
 def test_a_filter_without_a_number_is_refused(text: str) -> None:
     with pytest.raises(IndexingError, match="no number") as raised:
         parse(f"boat {text}")

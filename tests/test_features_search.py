@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from saesteer.errors import FeatureError, IndexingError
 from saesteer.features import notes, store
+from saesteer.features.hit import by_effect
+from saesteer.features.migrate import writing
 from saesteer.features.rank import MOST_RAISED, aboutness, rank
 from saesteer.features.records import Entry, Example, Feature, Neighbour, TokenStat, WordStat
 from saesteer.features.search import Index, marked, strength
@@ -185,7 +187,11 @@ def test_filters_hold_beside_words_and_alone(index: Index) -> None:
     assert ids(index, "is:dead") == [4]
     assert ids(index, "boat max_act>4") == []
     assert 4 not in ids(index, "-is:dead")
-    assert ids(index, "effect>-1") == []
+    for figure in ("output_score", "own_effect"):
+        with pytest.raises(IndexingError, match=f"no {figure} was measured .*--effects"):
+            index.search(f"boat {figure}>-1")
+    with pytest.raises(IndexingError, match=r"say output_score .* or own_effect"):
+        index.search("effect>.1")
     with pytest.raises(IndexingError, match=r"density<1%"):
         index.search("boat density<much")
 
@@ -206,8 +212,8 @@ def test_effect_puts_first_what_causes_what_it_fires_on(tmp_path: Path) -> None:
         assert [hit.own_effect for hit in found] == [0.6, 0.1, -0.01, None]
         assert [hit.output_score for hit in found] == [0.3, 0.05, -0.005, None]
         assert [hit.id for hit in index.search("boat", 2, sort="effect")] == [1, 3]
-        assert [hit.id for hit in index.search("effect>-1", sort="effect")] == [5, 1, 3, 0, 6]
-        assert [hit.id for hit in index.search("boat effect>=.3")] == [1]
+        assert [hit.id for hit in index.search("own_effect>-1", sort="effect")] == [5, 1, 3, 0, 6]
+        assert [hit.id for hit in index.search("boat output_score>=.3")] == [1]
         with pytest.raises(IndexingError, match="sort"):
             index.search("boat", sort="size")  # type: ignore[arg-type]
 
@@ -432,3 +438,50 @@ def test_what_is_dropped_early_is_not_among_the_best(tmp_path: Path) -> None:
             assert len(every) > 5
             assert ids(index, query, 5) == every[:5]
             assert ids(index, query, 1) == every[:1]
+
+
+def test_a_rare_form_does_not_vouch_for_a_frequent_one(tmp_path: Path) -> None:
+    """Feature 0 fires on all of "scare" and nothing of "scared"; feature 1 the other way round."""
+    scare, scared = WordStat("scare", 0.3, 50, 0.001), WordStat("scared", 0.3, 50, 0.009)
+    entries = [
+        replace(e, feature=replace(e.feature, words=(word,)))
+        for e, word in (
+            (a_feature(0, {"scare": 0.3}), scare),
+            (a_feature(1, {"scared": 0.3}), scared),
+        )
+    ]
+    store.write(tmp_path / "i.sqlite", entries, {})
+    with Index.open(tmp_path / "i.sqlite") as index:
+        for query in ("scared", "scare", "scar*"):
+            first, second = index.search(query)
+            assert (first.id, second.id) == (1, 0)
+            assert first.why.startswith("fires on 90% of 'scared', 'scare' (30%")
+            assert second.why.startswith("fires on 10% of 'scared', 'scare' (30%")
+
+
+def test_a_star_does_not_make_a_judges_label_the_users(tmp_path: Path) -> None:
+    path = tmp_path / "i.sqlite"
+    store.write(path, [a_feature(0, {"sea": 0.5}), a_feature(1, {"ships": 0.5})], {})
+    with writing(path) as connection:
+        connection.execute("UPDATE features SET label = 'ship', label_source = 'judge'")
+        notes.lay(connection, 0)
+    with Index.open(path) as index:
+        before = [(hit.id, hit.score, hit.why) for hit in index.search("ship")]
+        notes.star(path, 0)
+        notes.tag(path, 0, ["animals"])
+        assert [(hit.id, hit.score, hit.why) for hit in index.search("ship")] == before
+        assert index.search("animals")[0].why == "in what you wrote about it"
+        notes.rename(path, 0, "ships")
+        assert index.search("ship")[0].why == "in what you wrote about it"
+
+
+def test_as_many_are_found_as_are_asked_for(tmp_path: Path) -> None:
+    store.write(tmp_path / "i.sqlite", [a_feature(i, {"sea": 0.5}) for i in range(450)], {})
+    with Index.open(tmp_path / "i.sqlite") as index:
+        for query in ("sea", "sea AND water", "token:sea"):
+            assert len(ids(index, query, 400)) == 400
+
+
+def test_effects_are_weighed_by_their_root() -> None:
+    assert by_effect(2.0, 0.25) == 1.0
+    assert by_effect(2.0, -0.25) == by_effect(2.0, 0.0) == by_effect(2.0, None) == 0.0

@@ -191,8 +191,8 @@ def test_damaged_files_are_refused_in_one_line(path: Path, tmp_path: Path) -> No
         "is no feature index;": b"not a database at all" * 100,
         "is cut off": whole[: len(whole) // 2],
         "no feature index but another SQLite file": other.read_bytes(),
-        "version 99, expected 2; .* newer saesteer": of_version(99),
-        "version 0, expected 2; .* not whole": of_version(0),
+        "version 99, expected 3; .* newer saesteer": of_version(99),
+        "version 0, expected 3; .* not whole": of_version(0),
         "is no feature index": b"",
     }
     for message, data in cases.items():

@@ -180,17 +180,58 @@ def test_hits_say_who_wrote_the_label_and_what_was_measured() -> None:
     one = hit(replace(FIRED, note=replace(FIRED.note, name="ships")), 1.0, "fires on 'sea'")
     shown = view.hits([one], "sea", width=100)
     assert shown.startswith(" 1. ★ feature 0  ships")
-    told = "fires on 'sea' · named by you · output score 0.32 · own effect 0.65 · #water · #blue"
+    told = "fires on 'sea' · output 0.32 · own 0.65 · named by you · #water · #blue"
     assert told in shown
     bare = view.hits([hit(SEA, 1.0, "why")], "sea")
     assert bare.split("\n")[1] == "    why"
 
 
+def test_of_a_hit_the_reason_is_cut_before_the_figures_and_the_tags_before_both():
+    record = replace(FIRED, output_score=-0.00012, own_effect=-0.00034, note=None)
+    why = "fires on 100% of 'scared', on 99% of 'scare', promotes 'scary', names 'frightened'"
+    line = view.hits([hit(record, 1.0, why)], "x").split("\n")[1]
+    assert line.startswith("    fires on 100% of 'scared', ") and columns(line) <= 80
+    assert line.endswith("… · output -0.00012 · own -0.00034")
+    tagged = replace(record, note=Note(None, ("animals", "at-the-seaside", "x"), False, ""))
+    line = view.hits([hit(tagged, 1.0, "fires on 'sea'")], "x").split("\n")[1]
+    assert "fires on 'sea' · output -0.00012 · own -0.00034 · #animals" in line
+    assert columns(line) == 80 and line.endswith("…")
+
+
+def test_how_effects_were_measured_is_said_where_they_are_shown():
+    how = {"prompts": ["From my experience,"], "amplification": 0.5, "top": 20}
+    shown = view.feature(FIRED, measured_with=how)
+    assert "effects measured by adding 0.5x after 'From my experience,'" in shown
+    assert "effects" not in view.feature(FIRED)
+    bare = replace(FIRED, output_score=None, own_effect=None)
+    assert "effects" not in view.feature(bare, measured_with=how)
+    how["prompts"] = ["x" * 100, "y"]
+    shown = view.feature(FIRED, measured_with=how)
+    assert "adding 0.5x after 2 prompts, the first '…xxx" in " ".join(shown.split())
+    assert max(map(columns, shown.split("\n"))) <= view.WIDTH
+    assert "the index doesn't say" in view.feature(FIRED, measured_with={})
+
+
+def test_places_and_how_often_it_fires_there_stand_above_one_another():
+    """Twelve places fit into 80 columns."""
+    ratios = (0.0, 4.2, 0.04, 1.0, 37.6, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 9.96)
+    lines = view.feature(replace(SEA, positions=ratios)).split("\n")
+    at = next(i for i, line in enumerate(lines) if line.startswith("how often it fires by place"))
+    token, times = lines[at + 1 : at + 3]
+    assert token.split() == ["token", *(name for name, _ in places(ratios))]
+    assert token.split()[-1] == "1024+"
+    assert times.split()[:6] == ["times", "0", "4.2", "<.1", "1.0", "38"]
+    assert times.split()[-1] == "10" and len(token) == len(times) <= 80
+    assert token.index("2–3") + 3 == times.index("<.1") + 3
+
+
 def test_nothing_found_suggests_and_the_query_s_reading_is_said_first() -> None:
-    shown = view.hits([], "bota", suggestions=["boat", "bolt"], note="read as words")
+    shown = view.hits(
+        [], "bota", suggestions=["boat", "bolt"], advice="try another", note="read as words"
+    )
     assert shown.split("\n") == [
         "read as words",
-        "no feature matches 'bota'; try a word that the text is likely to hold, or a shorter one",
+        "no feature matches 'bota'; try another",
         "did you mean 'boat' or 'bolt'?",
     ]
     assert view.hits([], "zz").count("\n") == 0

@@ -213,3 +213,19 @@ def test_points_elsewhere_are_measured_too(model, tokenizer):
     sae = tiny_sae(point=HookPoint(2, "mlp_out"))
     (found,) = measured(model, tokenizer, sae, [3])
     assert found.score is not None and np.isfinite(found.score)
+
+
+def test_ids_past_the_tokenizers_are_no_tokens(model, tokenizer):
+    """The unembedding is padded to a round number: its last rows promote nothing."""
+    sae = tiny_sae()
+    short = tiny_tokenizer()
+    wide = tiny_model()
+    wide.resize_token_embeddings(VOCAB + 8)
+    with torch.no_grad():
+        wide.lm_head.weight[:VOCAB] = model.lm_head.weight
+        wide.model.embed_tokens.weight[:VOCAB] = model.model.embed_tokens.weight
+        wide.lm_head.weight[VOCAB:] = 50 * sae.W_dec[3]
+    assert len(short) == VOCAB
+    (found,), (padded,) = measured(model, short, sae, [3]), measured(wide, short, sae, [3])
+    # They take probability away from every token that the feature promotes.
+    assert padded.score is not None and padded.score < 0 < found.score

@@ -3,18 +3,20 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from saesteer import enrich, stages
+from saesteer import enrich, run_text, stages
 from saesteer.core.hooks import activations
 from saesteer.effects import output_score
-from saesteer.errors import FeatureError, IndexingError, SaeError, TextError
+from saesteer.errors import CacheError, FeatureError, IndexingError, SaeError, TextError
 from saesteer.features import store
 from saesteer.features.stored_texts import stored_texts
 from saesteer.run import Run
+from saesteer.run_text import batches
 
 TEXT = "Story A. Once there was a girl named Lily. It was Monday. The man saw a boat."
 OTHER = "Story B. The king sat in the castle."
@@ -107,6 +109,54 @@ def test_effects_are_measured_on_demand_once_and_order_the_hits(own, monkeypatch
     assert "_loaded" not in vars(fresh)
 
 
+def test_where_effects_can_not_be_kept_the_hits_are_shown_with_a_warning(own, monkeypatch):
+    found = own.search("the", limit=5)
+    # What a folder that can't be written to is to a writer.
+    lock = own.path / ".features.sqlite.lock"
+    lock.unlink(missing_ok=True)
+    lock.mkdir()
+    monkeypatch.setattr(enrich, "effects", None)  # nor is time lost on measuring
+    with pytest.warns(UserWarning, match=r"features can't be kept \(cannot write beside") as said:
+        assert own.search("the", limit=5, sort="effect") == found
+    assert len(said) == 1 and "\n" not in str(said[0].message)
+    own.index.meta["sae_hash"] = "another"  # another fault is not taken for that one
+    with pytest.raises(IndexingError, match="made for another SAE"):
+        own.search("the", sort="effect")
+
+
+def test_an_error_while_effects_are_kept_leaves_the_hits(own, monkeypatch):
+    def full(*_):
+        raise IndexingError("database or disk is full")
+
+    monkeypatch.setattr(store, "keep_outputs", full)
+    with pytest.warns(UserWarning, match="disk is full"):
+        assert own.search("the", limit=5, sort="effect") == own.search("the", limit=5)
+
+
+def test_text_without_separators_is_told(own):
+    """Examples are each from another document, of which there is one."""
+
+    def seen(documents):
+        values = np.array([[2.0, 0.0], [3.0, 1.0]])
+        examples = SimpleNamespace(values=values, documents=np.array(documents))
+        return SimpleNamespace(examples=examples, n_contexts=2)
+
+    with pytest.warns(UserWarning, match=r"one document.*'<\|endoftext\|>'.*document_separator"):
+        run_text.warn_of_one_document(own, seen([[4, -1], [4, 4]]))
+    run_text.warn_of_one_document(own, seen([[4, -1], [5, 4]]))
+    short = seen([[4, -1], [4, 4]])
+    short.n_contexts = 1
+    run_text.warn_of_one_document(own, short)
+
+
+def test_a_run_without_cached_activations_names_the_option_for_text(own):
+    """F23: what a judge's labels are scored on, in a run around a borrowed SAE."""
+    shutil.rmtree(own.path / "activations")
+    bare = dataclasses.replace(own.config, text=dataclasses.replace(own.config.text, source=""))
+    with pytest.raises(CacheError, match="--text FILE"):
+        next(batches(Run(own.path, bare), None, 1000, held_out=True))
+
+
 def test_effects_at_index_time_are_those_of_output_scores_and_outlive_a_new_index(own):
     index = own.index
     chosen = enrich.best_labelled(index, 3)
@@ -135,17 +185,24 @@ def test_a_judge_s_labels_and_scores_are_kept_and_not_asked_for_twice(own):
         asked.extend(prompts)
         return ["yes" if "yes or no" in p else "things at sea" for p in prompts]
 
-    chosen = enrich.best_labelled(own.index, 2)
+    def contexts():
+        return batches(own, None, 20_000, held_out=True)
+
+    # Features that are silent through whole windows.
+    rare = [f.id for f in own.index.features(range(128)) if f.n_fired > 100 and f.density < 0.05]
+    chosen = rare[:2]
     assert list(enrich.labels(own, chosen, write, model="m")) == chosen
+    assert own.index.feature(chosen[0]).label_score is None
+    assert list(enrich.labels(own, chosen, write, model="m", contexts=contexts())) == chosen
     record = own.index.feature(chosen[0])
     assert (record.label, record.label_source) == ("things at sea", "judge")
     assert record.label_score == 0.5  # it always says yes
     assert own.search('label:"things at sea"')
     n = len(asked)
-    assert list(enrich.labels(own, chosen, write, model="m")) == chosen
+    assert list(enrich.labels(own, chosen, write, model="m", contexts=contexts())) == chosen
     assert len(asked) == n
-    with pytest.raises(TextError, match="no text to score"):
-        list(enrich.labels(own, chosen, write, model="m", texts=[]))
+    with pytest.raises(IndexingError, match="no text to take silent contexts from"):
+        list(enrich.labels(own, chosen, write, model="m", contexts=[]))
 
 
 @pytest.mark.parametrize("key", ["sae_hash", "model_fingerprint"])
@@ -179,9 +236,15 @@ def test_an_exported_index_comes_back_as_one_to_look_at(own, tmp_path):
     made = Run.from_export(tmp_path / "imported", out)
     assert made.index.n_features == 128
     assert made.index.feature(3).label == own.index.feature(3).label
-    assert Run.open(tmp_path / "imported").search("the", sort="effect")
-    for ask in (lambda: made.like(TEXT), lambda: stages.index(made, text="x")):
-        with pytest.raises(SaeError):
+    assert made.search("the")
+    for ask in (
+        lambda: made.like(TEXT),
+        lambda: made.read(TEXT),
+        lambda: made.contrast([TEXT] * 2, [OTHER] * 2),
+        lambda: made.search("the", sort="effect"),  # none is measured, none can be
+        lambda: stages.index(made),
+    ):
+        with pytest.raises(SaeError, match=r"imported to be looked at .*saesteer new OTHER"):
             ask()
     assert not Path(tmp_path / "imported" / "features.partial").exists()
 

@@ -40,22 +40,23 @@ def export(
         point = opened.hook_point if opened.config.cache.hook_point else None
         n = neuronpedia.export(
             to,
-            every_feature(index),
+            every_feature(index, "export"),
             model=model or opened.config.model.id.rsplit("/", 1)[-1],
             source=source or f"{point.layer if point else 0}-{run.resolve().name}",
             hook=point.to_saelens() if point and point.head is None else None,
             dataset=str(index.meta.get("text") or ""),
         )
     else:
-        from saesteer.features import table
+        from saesteer.features import outputs, table
 
         if model is not None or source is not None:
             raise ConfigError("--model and --source go with --format neuronpedia")
+        how = outputs.measured_with(index.path)
         if str(to) == "-":
-            table.write(sys.stdout, every_feature(index))
+            table.write(sys.stdout, every_feature(index, "export"), how)
             return
         with written_aside(to) as aside, aside.open("w", encoding="utf-8", newline="") as file:
-            n = table.write(file, every_feature(index))
+            n = table.write(file, every_feature(index, "export"), how)
     print(f"{n} features in {to}")
 
 

@@ -31,22 +31,24 @@ def feature(
         html: Write one page that opens offline to this file, in place of printing.
         json_: Print one JSON object.
     """
-    from saesteer.features import view
+    from saesteer.features import outputs, view
 
     index = Run.open(run).index
     record = index.feature(id)
+    how = outputs.measured_with(index.path, [id]).get(id)
     if json_:
-        print(json.dumps(dataclasses.asdict(record)))
+        print(json.dumps(dataclasses.asdict(record) | {"measured_with": how}))
         return
     beside = {hit.id: hit.label for hit in index.hits([(i, 0.0, "") for i in view.others(record)])}
     if html is None:
         width = max(view.WIDTH, min(_WIDEST, shutil.get_terminal_size().columns))
-        print(view.feature(record, beside=beside, colour=sys.stdout.isatty(), width=width))
+        colour = sys.stdout.isatty()
+        print(view.feature(record, beside=beside, measured_with=how, colour=colour, width=width))
         return
     from saesteer.cli.index import about
     from saesteer.features import page
 
     with written_aside(html) as aside:
-        text = page.page(record, beside=beside, about=about(index.meta))
+        text = page.page(record, beside=beside, about=about(index.meta), measured_with=how)
         aside.write_text(text, encoding="utf-8", errors="replace")
     print(html)

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from saesteer.features.records import Feature
     from saesteer.features.search import Index
 
+# Contexts of text in which a label's score looks for windows where the feature is silent.
+_CONTEXTS = 256
+
 
 def index(
     run: RunFolder,
@@ -69,12 +72,16 @@ def index(
         from saesteer.features import tantivy_engine
         from saesteer.features.stored_texts import stored_texts
 
-        pairs = ((one.id, stored_texts(one)) for one in every_feature(built))
+        pairs = ((one.id, stored_texts(one)) for one in every_feature(built, "tantivy"))
         tantivy_engine.build(built.path, pairs, built.meta)
     if html is not None:
-        from saesteer.features import gallery
+        from saesteer.features import gallery, outputs
 
-        gallery.write(html, every_feature(built), about(built.meta))
+        told = about(built.meta)
+        how = {outputs.told(one) for one in outputs.measured_with(built.path).values()}
+        if how:
+            told["effects measured"] = "; ".join(sorted(how))
+        gallery.write(html, every_feature(built, "gallery"), told)
         print(f"gallery: {html / 'index.html'}")
     print(f'next: saesteer search {run} "a word"')
 
@@ -110,7 +117,6 @@ def judge(
     from saesteer import enrich, run_text
     from saesteer.core.model import load_model
     from saesteer.features import judge_writers
-    from saesteer.training.text import documents
 
     if (model is None) == (address is None):
         raise ConfigError("who is to judge? give one of --model ID and --address URL")
@@ -126,11 +132,12 @@ def judge(
         assert model is not None
         name = model
         write = judge_writers.local_writer(*load_model(model, device=opened.config.model.device))
-    texts = None
-    if text is not None:
-        texts = documents(**run_text.text_source(opened, text))
+    contexts = None
+    if score:
+        tokens = _CONTEXTS * opened.config.cache.context_size
+        contexts = run_text.batches(opened, text, tokens, held_out=True)
     done = 0
-    for feature in enrich.labels(opened, chosen, write, model=name, texts=texts, score=score):
+    for feature in enrich.labels(opened, chosen, write, model=name, contexts=contexts):
         record = found.feature(feature)
         scored = "" if record.label_score is None else f"  ({record.label_score:.2f})"
         print(f"{feature:>7}  {record.label}{scored}")
@@ -138,9 +145,13 @@ def judge(
     print(f"{done} of {len(chosen)} features have a label by {name}")
 
 
-def every_feature(index: "Index") -> "Iterator[Feature]":
-    """Every feature's full record, one at a time."""
-    return (index.feature(feature) for feature in range(index.n_features))
+def every_feature(index: "Index", what: str) -> "Iterator[Feature]":
+    """Every feature's full record, one at a time; a bar says how far `what` is."""
+    from saesteer.core.progress import progress
+
+    n = index.n_features
+    for feature in progress(what, n, unit="feature", iterable=range(n)):
+        yield index.feature(feature)
 
 
 def about(meta: Mapping[str, Any]) -> dict[str, str]:

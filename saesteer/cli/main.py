@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import keyword
 import os
 import sys
@@ -41,6 +42,9 @@ COMMANDS = {
 # These take a Config, whose defaults stand in the file or run folder that is named first.
 FROM_FILE = ("cache", "train", "sweep")
 ALIASES = {"--document-separator": "--text.document-separator"}
+# These take words, which may begin with a dash ("-is:dead dog"); of their options these stand
+# without a value.
+WITH_WORDS, FLAGS = ("search", "read"), ("--json", "--no-json")
 
 
 def usage() -> str:
@@ -106,6 +110,8 @@ def call(name: str, arguments: Sequence[str]) -> None:
     function = f"{name}_" if keyword.iskeyword(name) else name
     command = getattr(importlib.import_module(COMMANDS[name][0]), function)
     prog = f"saesteer {name}"
+    if name in WITH_WORDS:
+        arguments = _words_last(arguments)
     if name not in FROM_FILE:
         tyro.cli(command, args=arguments, prog=prog)
         return
@@ -126,6 +132,19 @@ def call(name: str, arguments: Sequence[str]) -> None:
             config.Config, default=default, args=arguments, prog=prog, description=command.__doc__
         )
     )
+
+
+def _words_last(arguments: Sequence[str]) -> Sequence[str]:
+    """Words that begin with a dash behind a --, where they aren't taken for options."""
+    if "--" in arguments:
+        return arguments
+    rest: list[str] = []
+    words: list[str] = []
+    for before, argument in itertools.pairwise(["", *arguments]):
+        dashed = argument[:1] == "-" and argument[1:2] not in ("", "-") and argument != "-h"
+        value = before.startswith("--") and before not in FLAGS and "=" not in before
+        (words if dashed and not value else rest).append(argument)
+    return [*rest, "--", *words] if words else arguments
 
 
 def entry() -> None:

@@ -5,13 +5,16 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from saesteer.cli.arguments import RunFolder
 from saesteer.errors import ConfigError
 from saesteer.run import Run
+
+if TYPE_CHECKING:
+    from saesteer.features.query import Query
 
 _WIDEST = 120
 
@@ -32,8 +35,9 @@ def search(
     """Find features: by keyword, or with --like, --pos and --neg, or --near.
 
     Of plain words any may match. "a phrase", AND, OR, NOT, -without, (...), begin* and label:,
-    token:, promotes:, context: decide what is found; density<1%, max_act>3, effect>.1, tag:x,
-    is:starred and is:dead filter.
+    token:, promotes:, context: decide what is found; density<1%, max_act>3, output_score>.1,
+    own_effect>0, tag:x, is:starred and is:dead filter. A list says `output` for the output score
+    and `own` for the own effect.
 
     Args:
         run: The run folder.
@@ -73,21 +77,36 @@ def search(
         hits = opened.contrast(read_prompts(pos), read_prompts(neg), limit)
         asked = f"{pos} against {neg}"
     if json_:
-        print(json.dumps([dataclasses.asdict(hit) for hit in hits]))
+        from saesteer.features import outputs
+
+        how = outputs.measured_with(opened.index.path, [hit.id for hit in hits])
+        rows = [dataclasses.asdict(hit) | {"measured_with": how.get(hit.id)} for hit in hits]
+        print(json.dumps(rows))
         return
     from saesteer.features import view
     from saesteer.features.query import parse
 
-    note, suggestions = None, []
+    read, suggestions = None, []
     if query is not None:
-        note = parse(query).note
-        suggestions = [] if hits else opened.index.suggest(query)
+        read = parse(query)
+        suggestions = opened.index.suggest(query)
     shown = view.hits(
         hits,
         asked,
         suggestions=suggestions,
-        note=note,
+        advice=_advice(read),
+        note=read.note if read else None,
         colour=sys.stdout.isatty(),
         width=max(view.WIDTH, min(_WIDEST, shutil.get_terminal_size().columns)),
     )
     print(shown)
+
+
+def _advice(query: "Query | None") -> str:
+    """What to try where nothing was found."""
+    if query is None:
+        return "try a longer text, or another feature"
+    if query.filters and not query.words and query.expression is None:
+        return "loosen a filter or leave it out; `saesteer notes` lists stars and tags"
+    filters = ", or leave the filters out" if query.filters else ""
+    return f"try a word that the text is likely to hold, or a shorter one{filters}"

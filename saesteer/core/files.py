@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -22,13 +23,20 @@ def written_aside(path: Path) -> Iterator[Path]:
 
     The file is flushed to disk before the rename, so that a crash leaves either the old file or
     the whole new one. When the body raises, the temporary file is removed and `path` is untouched.
+    What a process left that was killed meanwhile is removed by the next one that writes the file.
 
     Raises:
         RunError: the folder cannot be written, or the disk is full.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Another machine's processes can't be told to be dead, so that files of theirs are left alone.
+    begins = f".{path.name}.{os.uname().nodename}-"
+    aside = path.with_name(f"{begins}{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for other in path.parent.glob(f"{glob.escape(begins)}*.partial*"):
+            number = other.name.removeprefix(begins).partition(".")[0]
+            if number.isdecimal() and not _alive(int(number)):
+                other.unlink(missing_ok=True)
         yield aside
         with aside.open("rb+") as file:
             os.fsync(file.fileno())
@@ -113,6 +121,17 @@ def alone(folder: Path) -> Iterator[None]:
         lock.write(str(os.getpid()))
         lock.flush()
         yield
+
+
+def _alive(process: int) -> bool:
+    """Whether there is a process of that number, whoever's it is."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _run_error(path: Path, error: OSError) -> RunError:

@@ -41,7 +41,7 @@ def closed(
     n_prompts: int = PROMPTS,
     seed: int = 0,
 ) -> dict[int, float]:
-    """Share of the way to the ceiling that adding each feature goes: feature → share, 1 at most.
+    """Share of the way to the ceiling that adding each feature goes: feature → share; 1 is there.
 
     Below 0 an edit does harm. A feature that never fired has no strength to be added at: 0.
 

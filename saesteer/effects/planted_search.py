@@ -25,12 +25,26 @@ class SearchScore:
     """precision@1, mean reciprocal rank, and the queries whose first hit is not a right feature.
 
     distinct: different first hits of the concepts' names, over the number of concepts.
+    concepts: how many were asked for; without: those that no feature is right for, so that all
+    their queries miss, whatever the search does.
     """
 
     precision_at_1: float
     mrr: float
     misses: tuple[tuple[str, str], ...]  # (concept, query)
     distinct: float
+    concepts: int
+    without: tuple[str, ...]
+
+    def over_the_rest(self) -> tuple[float, float] | None:
+        """precision@1 and MRR over the concepts that a feature is right for; None: there is none.
+
+        Every concept has as many queries, and those of the others count 0.
+        """
+        rest = self.concepts - len(self.without)
+        if rest == 0:
+            return None
+        return self.precision_at_1 * self.concepts / rest, self.mrr * self.concepts / rest
 
 
 def auroc(activations: Tensor, tokens: NDArray[Any]) -> NDArray[np.float64]:
@@ -85,8 +99,11 @@ def score_search(
     ranks: list[float] = []
     misses: list[tuple[str, str]] = []
     first: set[int] = set()
+    without: list[str] = []
     for concept in concepts:
         features = right(concept)
+        if not features:
+            without.append(concept)
         for query in queries(concept, seed):
             hits = search(query)
             ranks.append(reciprocal_rank(hits, features))
@@ -99,6 +116,8 @@ def score_search(
         float(np.mean(ranks)),
         tuple(misses),
         len(first) / len(concepts),
+        len(concepts),
+        tuple(without),
     )
 
 
