@@ -106,7 +106,7 @@ class _Candidates:
         forms = [own for own, on in zip(self.forms, self.fired, strict=True) if feature in on]
         # The commonest form of each word, then the others.
         words = [word for place in zip_longest(*forms) for word in place if word]
-        named = ", ".join(f"'{word}'" for word in words[:3])
+        named = ", ".join(f"'{word}'" for word in words[:2])
         return f"fires on {recall:.0%} of {named} ({share:.0%} of its activation)"
 
 
