@@ -19,6 +19,9 @@ TEXT_WEIGHT = 0.2
 # Lift at which a feature counts as half specific, beyond 1: one that fires on a fifth of all
 # tokens has a lift of 5 at the most and is about a part of speech, not a word.
 HALF_LIFT = 2.0
+# A feature that fires on four of five occurrences misses the fifth for a reason: it is about
+# something else that goes with the word.
+RECALL = 2
 # Share of the activation mass at which a word counts as half of what the feature is about: a
 # concept of a dozen words spends some 8% on each, and should hardly lose by that against a
 # feature for the one word.
@@ -74,4 +77,4 @@ def aboutness(share: float, lift: float, recall: float) -> float:
     excess = max(0.0, lift - 1)
     specific = excess / (excess + HALF_LIFT)
     spent = share / (share + HALF_SHARE)
-    return recall * specific * spent
+    return recall**RECALL * specific * spent
