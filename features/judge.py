@@ -1,6 +1,6 @@
 """Labels written by a language model, from the same evidence that the plain labels are made of.
 
-A writer is any function that takes prompts and gives as many texts (see `judge_writers`). What it
+A writer is any function that takes prompts and gives as many texts (see `core.writers`). What it
 wrote is kept in the index under a key of the evidence and the writer's name, so that the work goes
 on where it stopped, and nothing is asked twice while the evidence stays the same.
 """
@@ -8,19 +8,17 @@ on where it stopped, and nothing is asked twice while the evidence stays the sam
 import hashlib
 import re
 import sqlite3
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from saesteer.core.progress import progress
+from saesteer.core.writers import Write
 from saesteer.errors import IndexingError
 from saesteer.features import notes
 from saesteer.features.migrate import reading, writing
 from saesteer.features.records import Example, Feature
-
-Write = Callable[[Sequence[str]], Sequence[str]]
-"""Prompts → as many texts."""
 
 # Of a window's tokens those are marked on which the activation is this part of the highest.
 _MARKED = 0.5

@@ -17,8 +17,9 @@ from typing import Literal
 import numpy as np
 
 from saesteer.core.progress import progress
+from saesteer.core.writers import Write
 from saesteer.errors import IndexingError
-from saesteer.features.judge import Write, answers, example_text, marked, strong
+from saesteer.features.judge import answers, example_text, marked, strong
 from saesteer.features.judge_silence import Silence, line
 from saesteer.features.migrate import reading, writing
 from saesteer.features.records import Feature

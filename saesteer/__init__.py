@@ -17,6 +17,7 @@ _HOME = {
     "Add": "saesteer.steering.edits",
     "Affine": "saesteer.steering.edits",
     "Clamp": "saesteer.steering.edits",
+    "Lean": "saesteer.steering.edits",
     "Project": "saesteer.steering.edits",
     "Rotate": "saesteer.steering.edits",
     "Positions": "saesteer.steering.positions",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from saesteer.core.model import EMBEDDED
 from saesteer.core.progress import progress
+from saesteer.core.writers import Write
 from saesteer.effects import output_score
 from saesteer.effects.planted_causes import neutral_prompts
 from saesteer.features import judge as judging
@@ -74,7 +75,7 @@ def best_labelled(index: "Index", most: int) -> list[int]:
 def labels(
     run: "Run",
     features: Iterable[int],
-    write: judging.Write,
+    write: Write,
     *,
     model: str,
     contexts: "Iterable[ContextBatch] | None" = None,

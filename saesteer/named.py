@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from saesteer.core.model import HookPoint
     from saesteer.directions import Direction
+    from saesteer.directions.direction import Part
     from saesteer.run import Run
     from saesteer.steering.edits import Edit
 
@@ -52,8 +53,7 @@ def edits(
         strength = units.added(run, row, point, value, feature=feature)
         found.append(Add(row, strength, point, _told(feature)))
     for name, value in vector.items():
-        one, point = direction(run, name, force=force)
-        found.append(Add(one, units.added(run, one, point, value), point, _told(name)))
+        found += _vector(run, name, value, force)
     for key, value in project.items():
         one, point = direction(run, key, force=force)
         found.append(Project(one, point, _projection(run, key, value, force), _told(key)))
@@ -88,10 +88,44 @@ def direction(run: "Run", name: Name, *, force: bool = False) -> "tuple[Tensor, 
     return run.sae.direction(name), run.sae.write_point
 
 
+def _vector(run: "Run", name: str, value: Strength, force: bool) -> "list[Edit]":
+    """What a method fitted, used as it is meant, times a strength; in units of norm or KL only a
+    single direction to add."""
+    from saesteer.directions.direction import Use
+    from saesteer.effects import apply
+    from saesteer.steering.edits import Add
+
+    parts = load_parts(run, name, force=force)
+    if len(parts) == 1 and parts[0].use == Use():
+        one, point = direction(run, name, force=force)
+        return [Add(one, units.added(run, one, point, value), point, _told(name))]
+    try:
+        strength = float(str(value).strip().lower().removesuffix("x"))
+    except ValueError:
+        raise SteeringError(
+            f"strength {value!r} of {_told(name)}: it is no single direction to add, so give a "
+            "plain number, 1 for the method as it is"
+        ) from None
+    return apply.edits(parts, strength)
+
+
 def load_vector(run: "Run", name: str, *, force: bool = False) -> "Direction":
     """See `Run.load_vector`."""
-    from saesteer.core.model import fingerprint
     from saesteer.directions import Direction
+
+    parts = load_parts(run, name, force=force)
+    if len(parts) != 1 or not isinstance(parts[0], Direction):
+        raise SteeringError(
+            f"{_told(name)} is {len(parts)} parts of {parts[0].method}, and no single direction; "
+            "use it as --vector NAME=STRENGTH"
+        )
+    return parts[0]
+
+
+def load_parts(run: "Run", name: str, *, force: bool = False) -> "list[Part]":
+    """All that a method fitted and `vectors.fit` kept, by name or file; raises as `load_vector`."""
+    from saesteer.core.model import fingerprint
+    from saesteer.directions import kept
 
     path, here = Path(name), ""
     if path.suffix != ".safetensors":
@@ -107,7 +141,7 @@ def load_vector(run: "Run", name: str, *, force: bool = False) -> "Direction":
             f"{here}no vector {name!r}{has}; fit one with `saesteer vector {run.path} --pairs FILE "
             f"--name {path.stem}`"
         )
-    return Direction.load(path, model_fingerprint=fingerprint(run.model), force=force)
+    return kept.load_parts(path, model_fingerprint=fingerprint(run.model), force=force)
 
 
 def vector_path(run: "Run", name: str) -> Path:

@@ -300,7 +300,7 @@ class Run:
         return texts[0] if isinstance(prompts, str) else texts
 
     def load_vector(self, name: str, *, force: bool = False) -> "Direction":
-        """A direction that `fit_vector` kept, by name, or a .safetensors file of one.
+        """A direction that `vectors.fit` kept, by name, or a .safetensors file of one.
 
         Raises:
             RunError: there is none of that name.

@@ -5,7 +5,6 @@ import math
 import shutil
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from saesteer import run_folder
@@ -13,8 +12,6 @@ from saesteer.core.blocks import d_model, site_module
 from saesteer.core.files import alone, write_json
 from saesteer.core.model import EMBEDDED, HookPoint, fingerprint
 from saesteer.core.shards import Shards
-from saesteer.directions import Direction, mean_difference
-from saesteer.directions.pairs import read_pairs
 from saesteer.effects import planted_recovery
 from saesteer.errors import ConfigError
 from saesteer.features.build import lexicon, write_index
@@ -233,18 +230,3 @@ def index(
         on_every(ranks, write)
     run.refresh()
     return run.index
-
-
-def fit_vector(
-    run: Run, pairs: str | Path, *, name: str, point: str | None = None, read: str = "answer-mean"
-) -> tuple[Direction, Path]:
-    """Fit a mean-difference direction on a JSONL of pairs and keep it as steers/NAME.
-
-    Raises:
-        PairsError: the pairs are missing or malformed. RunError: the name is not a file name.
-    """
-    path = run.vector_path(name)
-    place = HookPoint.parse(point) if point else run.hook_point
-    direction = mean_difference.fit(run.model, run.tokenizer, read_pairs(pairs), place, read=read)
-    direction.save(path)
-    return direction, path

@@ -1,6 +1,7 @@
 """Mean difference: equal to the difference of means, whatever the batching."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +9,9 @@ from safetensors.torch import save_file
 
 from saesteer.core.hooks import capture
 from saesteer.core.model import HookPoint, fingerprint
-from saesteer.directions import Direction
+from saesteer.directions import Direction, mean_difference
 from saesteer.directions.answers import answer_activations, side_tokens
-from saesteer.directions.mean_difference import fit
+from saesteer.directions.fitting import fit_direction
 from saesteer.directions.pairs import Pair
 from saesteer.errors import HookPointError, PairsError, RunError, SteeringError
 from tests.tiny import BOS, EOS, PAD, VOCAB, WIDTH, tiny_model, tiny_tokenizer
@@ -33,6 +34,11 @@ WORDS = [
     "song",
     "drum",
 ]
+
+
+def fit(*given: Any, **how: Any) -> Direction:
+    """The mean difference of a model, a tokenizer and pairs, at a point."""
+    return fit_direction("mean-difference", *given, **how)
 
 
 def some_pairs(n: int, *, seed: int = 0) -> list[Pair]:
@@ -99,32 +105,26 @@ def test_swapping_the_sides_turns_it_round() -> None:
     torch.testing.assert_close(one.vector, -other.vector)
 
 
-def test_the_direction_settles_as_pairs_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_direction_settles_as_pairs_are_added() -> None:
     """On activations with a planted shift, cos(v_n, v_all) rises with n, towards the shift."""
     rng = torch.Generator().manual_seed(0)
     n, d = 512, 64
     shift = torch.nn.functional.normalize(torch.randn(d, generator=rng), dim=0)
     rejected = torch.randn(n, d, generator=rng)
     chosen = torch.randn(n, d, generator=rng) + 1.5 * shift
-
-    def planted(model, tokenizer, pairs, point, **kwargs):  # type: ignore[no-untyped-def]
-        return chosen[: len(pairs)], rejected[: len(pairs)]
-
-    monkeypatch.setattr("saesteer.directions.mean_difference.answer_activations", planted)
-    model = tiny_model("llama")
-    pairs = some_pairs(n)
-    curve = []
-    for size in (1, 8, 32, 128, 512):
-        if size < 32:
-            with pytest.warns(UserWarning, match="under 32"):
-                curve.append(fit(model, None, pairs[:size], POINT).vector)
-        else:
-            curve.append(fit(model, None, pairs[:size], POINT).vector)
+    sizes = (1, 8, 32, 128, 512)
+    curve = [mean_difference.fit(chosen[:size], rejected[:size]) for size in sizes]
     to_all = [torch.cosine_similarity(v, curve[-1], dim=0).item() for v in curve]
     assert to_all == sorted(to_all)
     assert to_all[0] < 0.4
     assert to_all[3] > 0.8
     assert torch.cosine_similarity(curve[-1], shift, dim=0) > 0.9
+
+
+def test_few_pairs_are_warned_of() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    with pytest.warns(UserWarning, match="under 32"):
+        assert fit(model, tokenizer, some_pairs(8), POINT).n_pairs == 8
 
 
 def test_special_tokens_of_an_answer_are_not_read() -> None:

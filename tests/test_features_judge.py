@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from saesteer.errors import IndexingError
 from saesteer.features import notes, store
-from saesteer.features.judge import Judged, example_text, label_features, marked, prompt
+from saesteer.features.judge import Judged, cleaned, example_text, label_features, marked, prompt
 from saesteer.features.judge_scores import answer, graded, questions, score_features
 from saesteer.features.judge_silence import Silence
 from saesteer.features.migrate import reading, writing
@@ -300,3 +300,19 @@ def test_scores_are_kept_and_shown(path, silence):
     assert loaded(path)[0].label_score == 1
     with pytest.raises(IndexingError, match="no judged label"):
         list(score_features(path, [(records[0], "another key")], silence, truthful))
+
+
+@pytest.mark.parametrize(
+    ("raw", "label"),
+    [
+        ("words of the sea", "words of the sea"),
+        ('  \n"Words of the sea."\n\nBecause …', "Words of the sea"),
+        ("**Label:** boats", "boats"),
+        ("- Phrase: boats «and» ships\n", "boats «and» ships"),
+        ("", ""),
+        ("...\n!!!", ""),
+        ("x" * 30 + " " + "y" * 90, "x" * 30 + "…"),
+    ],
+)
+def test_answers_are_cleaned(raw, label):
+    assert cleaned(raw) == label

@@ -51,6 +51,7 @@ def test_what_is_public_is_pinned_and_there():
         "Decay",
         "Feature",
         "HookPoint",
+        "Lean",
         "Linear",
         "Positions",
         "Project",

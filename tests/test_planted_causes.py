@@ -8,7 +8,7 @@ import torch
 
 from saesteer.core.model import HookPoint, load_model
 from saesteer.core.sae import Conventions, Sae
-from saesteer.directions import mean_difference
+from saesteer.directions.fitting import fit_direction
 from saesteer.directions.pairs import Pair
 from saesteer.effects import planted, planted_causes, planted_score
 from saesteer.effects.output_score import output_scores
@@ -32,7 +32,7 @@ def sae(told) -> Sae:
     """Rows: towards the sea, anywhere, away from the sea, and one that never fired."""
     model, tokenizer = told
     pairs = [Pair(**pair) for pair in corpus.pairs("sea", 64, 0)]
-    sea = mean_difference.fit(model, tokenizer, pairs, POINT).vector
+    sea = fit_direction("mean-difference", model, tokenizer, pairs, POINT).vector
     anywhere = torch.randn(len(sea), generator=torch.Generator().manual_seed(0))
     rows = torch.stack([sea, anywhere / anywhere.norm() * sea.norm(), -sea, sea])
     return Sae(

@@ -31,6 +31,7 @@ README = (ROOT / "README.md").read_text()
 TRAINING = (ROOT / "docs" / "training.md").read_text()
 STEERING = (ROOT / "docs" / "steering.md").read_text()
 FEATURES = (ROOT / "docs" / "features.md").read_text()
+DIRECTIONS = (ROOT / "docs" / "directions.md").read_text()
 WORDS = "the boy saw a ship at sea and the old dog heard rain in the house . "
 
 
@@ -185,6 +186,16 @@ def test_the_page_on_steering(mine, capsys, monkeypatch):
     run_all([["saesteer", "index", "runs/mine"]])
     for block in blocks("sh", STEERING):
         run_all(commands(block))
+
+
+def test_the_page_on_directions(mine, capsys):
+    for block in blocks("sh", DIRECTIONS):
+        run_all(commands(block))
+    out = capsys.readouterr().out
+    assert "it reads, and steers nothing" in out and "calm-lat-0: lat of 32 pairs" in out
+    names: dict[str, object] = {}
+    (python,) = blocks("python", DIRECTIONS)
+    exec(compile(python, "docs/directions.md", "exec"), names)
 
 
 def test_the_page_on_features(mine, capsys):

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import saesteer
-from saesteer import fitting, stages, units
+from saesteer import fitting, stages, units, vectors
 from saesteer.core.files import alone
 from saesteer.core.hooks import activations
 from saesteer.core.model import HookPoint
 from saesteer.core.sae import Sae
+from saesteer.directions.pairs import read_pairs
 from saesteer.effects.damage import Reference
 from saesteer.errors import (
     CacheError,
@@ -129,8 +130,9 @@ def test_a_vector_is_fitted_kept_and_used(own, tmp_path):
     pairs = tmp_path / "pairs.jsonl"
     rows = corpus.pairs("sea", 32, seed=0)
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    direction, path = stages.fit_vector(opened, pairs, name="sea")
-    assert path == opened.path / "steers" / "sea.safetensors"
+    (kept,) = vectors.fit(opened, read_pairs(pairs), name="sea")
+    (direction,) = kept.parts
+    assert kept.path == opened.path / "steers" / "sea.safetensors"
     assert direction.n_pairs == 32
     assert torch.equal(Run.open(opened.path).load_vector("sea").vector, direction.vector)
     with opened.steer(vector={"sea": "1.5x"}) as receipt:
@@ -139,7 +141,7 @@ def test_a_vector_is_fitted_kept_and_used(own, tmp_path):
     with pytest.raises(RunError, match="no vector 'see'; it has sea"):
         opened.load_vector("see")
     with pytest.raises(RunError, match="is not a name"):
-        stages.fit_vector(opened, pairs, name="../sea")
+        vectors.fit(opened, read_pairs(pairs), name="../sea")
 
 
 def test_a_run_from_someone_else_s_sae_indexes_searches_steers_and_evaluates(borrowed, tmp_path):

@@ -116,7 +116,7 @@ def judge(
     """
     from saesteer import enrich, run_text
     from saesteer.core.model import load_model
-    from saesteer.features import judge_writers
+    from saesteer.core.writers import address_writer, local_writer
 
     if (model is None) == (address is None):
         raise ConfigError("who is to judge? give one of --model ID and --address URL")
@@ -127,11 +127,11 @@ def judge(
         if name is None:
             raise ConfigError("the model at the address needs a name; give --name")
         key = os.environ.get(key_variable)
-        write = judge_writers.address_writer(address, name, key=key)
+        write = address_writer(address, name, key=key)
     else:
         assert model is not None
         name = model
-        write = judge_writers.local_writer(*load_model(model, device=opened.config.model.device))
+        write = local_writer(*load_model(model, device=opened.config.model.device))
     contexts = None
     if score:
         tokens = _CONTEXTS * opened.config.cache.context_size

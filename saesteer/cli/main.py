@@ -31,11 +31,13 @@ COMMANDS = {
     "judge": ("saesteer.cli.index", "have features labelled by a language model"),
     "export": ("saesteer.cli.exchange", "write an index as CSV or for Neuronpedia"),
     "import": ("saesteer.cli.exchange", "look at a Neuronpedia export"),
-    "vector": ("saesteer.cli.steer", "fit a direction on contrast pairs"),
+    "pairs": ("saesteer.cli.pairs", "make contrast pairs, or check a file of them"),
+    "vector": ("saesteer.cli.vector", "fit a direction on contrast pairs, by any method"),
     "steer": (
         "saesteer.cli.steer",
         "generate with features clamped, directions added, projected, turned",
     ),
+    "attribute": ("saesteer.cli.attribute", "which parts and features matter for a contrast"),
     "dose": ("saesteer.cli.dose", "what each strength does and costs, and where a model breaks"),
 }
 

@@ -1,4 +1,4 @@
-"""vector, steer: directions from contrast pairs, and texts with and without an edit."""
+"""steer: texts with and without an edit."""
 
 import json
 import sys
@@ -28,38 +28,6 @@ if TYPE_CHECKING:
 
 Several = tyro.conf.UseAppendAction[tuple[str, ...]]
 Seeds = tyro.conf.UseAppendAction[tuple[int, ...]]
-
-
-def vector(
-    run: RunFolder,
-    *,
-    pairs: Path,
-    name: str,
-    layer: str | None = None,
-    read: str = "answer-mean",
-    device: str | None = None,
-    dtype: str | None = None,
-) -> None:
-    """Fit a mean-difference direction on contrast pairs and keep it in the run.
-
-    Args:
-        run: The run folder.
-        pairs: JSONL with a prompt, a chosen and a rejected continuation on each line.
-        name: What to call the direction; `steer --vector NAME=STRENGTH` uses it.
-        layer: A hook point; by default the SAE's.
-        read: Where activations are read: answer-mean or answer-last.
-        device: Where the model runs.
-        dtype: float32, bfloat16 or float16.
-    """
-    from saesteer import stages
-
-    opened = Run.open(run, device=device, dtype=dtype)
-    direction, path = stages.fit_vector(opened, pairs, name=name, point=layer, read=read)
-    print(
-        f"mean difference of {direction.n_pairs} pairs at {direction.point}, "
-        f"length {float(direction.vector.norm()):.4g}, in {path}"
-    )
-    print(f'next: saesteer steer {run} --vector {name}=1 --prompt "…"')
 
 
 def steer(

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from saesteer.core.hooks import activations
 from saesteer.core.progress import progress
 from saesteer.core.sae import Sae
-from saesteer.directions import mean_difference
+from saesteer.directions.fitting import fit_direction
 from saesteer.directions.pairs import Pair
 from saesteer.effects import planted_causes, planted_score, planted_search
 from saesteer.effects.planted_score import ConceptScore
@@ -107,7 +107,7 @@ def measure(
     names = lexicon.causal() if concepts is None else list(concepts)
     for concept in progress("score", len(names), unit="concept", iterable=names):
         pairs = [Pair(**pair) for pair in corpus.pairs(concept, PAIRS, seed)]
-        vector = mean_difference.fit(model, tokenizer, pairs, sae.hook_point).vector
+        vector = fit_direction("mean-difference", model, tokenizer, pairs, sae.hook_point).vector
         vectors[concept] = vector
         found = [hit.id for hit in index.search(concept, limit=CANDIDATES)]
         arms = planted_score.feature_arms(sae, found, index.max_act)

@@ -31,7 +31,7 @@ from saesteer.steering.bake_changes import (
     writes,
 )
 from saesteer.steering.bake_check import agreement, logits_of, probe_texts, reloaded
-from saesteer.steering.edits import Add, Affine, Clamp, Edit, Project, Rotate, Scope
+from saesteer.steering.edits import Add, Affine, Clamp, Edit, Lean, Project, Rotate, Scope
 from saesteer.steering.engine import steer
 from saesteer.steering.positions import Positions
 
@@ -40,6 +40,7 @@ EVERYWHERE = Positions(special=True)
 
 _NO_WEIGHTS: dict[type, str] = {
     Clamp: "a clamp depends on what the SAE reads on each token",
+    Lean: "how far it turns depends on the activation",
     Affine: "an affine map has no layer that could hold it",
     Rotate: "a rotation depends on the activation",
 }

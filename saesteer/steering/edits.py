@@ -3,6 +3,7 @@
     Clamp(sae, feature, value)              hold an SAE feature at a value (raw activation units)
     Add(vector, strength, point)            add a direction
     Project(vector, point, to=0)            set the projection on a direction; 0 projects it out
+    Lean(vector, strength, point)           turn towards a direction, the norm kept
     Affine(matrix, shift, point)            matrix · x + shift
     Rotate(first, second, angle, point)     turn in the plane of two directions
 
@@ -140,6 +141,30 @@ class Project(Scope):
 
 
 @dataclass(frozen=True, eq=False)
+class Lean(Scope):
+    """Turn towards a direction, further where x points away from it; the norm stays.
+
+    ‖x‖ · norm(x̂ + λ(1 + max(0, cos(x, −v))) v̂), of in-context vectors (Liu et al. 2023, arXiv
+    2311.06668). vector: [d], of which the length is not used. strength: λ; the paper's is .1.
+    name: what receipts call the vector. Raises SteeringError where a number isn't finite or the
+    vector is zero.
+    """
+
+    vector: Tensor
+    strength: float
+    point: HookPoint | str
+    name: str = "vector"
+
+    def __post_init__(self) -> None:
+        _flat(self.vector, "a vector to lean towards", nonzero=True)
+        object.__setattr__(self, "strength", _finite(self.strength, "strength"))
+        object.__setattr__(self, "point", _point(self.point))
+
+    def __str__(self) -> str:
+        return f"lean {self.strength:.4g} towards {self.name} at {self.point}"
+
+
+@dataclass(frozen=True, eq=False)
 class Affine(Scope):
     """matrix · x + shift, of an eraser or a transport map.
 
@@ -202,7 +227,7 @@ class Rotate(Scope):
         return f"rotate {self.how} {self.angle:.4g} rad in {self.name} at {self.point}"
 
 
-Edit = Clamp | Add | Project | Affine | Rotate
+Edit = Clamp | Add | Project | Lean | Affine | Rotate
 
 
 def width(edit: Edit) -> int:

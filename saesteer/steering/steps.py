@@ -14,7 +14,7 @@ from torch import Tensor
 from saesteer.core.model import HookPoint
 from saesteer.core.tokens import Tokens
 from saesteer.steering.conditions import Gate
-from saesteer.steering.edits import Add, Affine, Edit, Project, Rotate, Scope
+from saesteer.steering.edits import Add, Affine, Edit, Lean, Project, Rotate, Scope
 from saesteer.steering.passes import Pass
 from saesteer.steering.positions import Positions
 from saesteer.steering.record import Record
@@ -170,14 +170,14 @@ class AddStep:
 
 
 class MapStep:
-    """A projection, an affine map or a rotation where chosen; computed in float32."""
+    """A projection, a turn, an affine map or a rotation where chosen; computed in float32."""
 
     def __init__(self, placed: Placed, shared: Shared) -> None:
         self._placed, self._chosen = placed, Chosen(placed.edit, shared)
         self._record = shared.record([placed], [0])
         edit, device = placed.edit, shared.device
         self._read: Tensor | None = None
-        if isinstance(edit, Project):
+        if isinstance(edit, Project | Lean):
             self._read = _unit(edit.vector.to(device, torch.float32))
             self._tensors = [self._read]
         elif isinstance(edit, Affine):
@@ -215,6 +215,14 @@ class MapStep:
         if isinstance(edit, Project):
             (unit,) = self._tensors
             return (edit.to - x @ unit)[..., None] * unit
+        if isinstance(edit, Lean):
+            (unit,) = self._tensors
+            if edit.strength == 0:
+                return torch.zeros_like(x)
+            size = x.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+            away = -(x / size @ unit)[..., None].clamp(max=0)
+            new = x / size + edit.strength * (1 + away) * unit
+            return size * new / new.norm(dim=-1, keepdim=True).clamp_min(1e-30) - x
         if isinstance(edit, Affine):
             matrix, shift = self._tensors
             return x @ matrix.T + shift - x

@@ -1,4 +1,4 @@
-"""Who writes labels: a server on this machine, and a tiny model."""
+"""Who writes: a server on this machine, and a tiny model."""
 
 import json
 import threading
@@ -7,9 +7,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from saesteer.errors import IndexingError
-from saesteer.features.judge import cleaned
-from saesteer.features.judge_writers import address_writer, local_writer
+from saesteer.core.writers import Cost, address_writer, local_writer
+from saesteer.errors import ModelError
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -18,7 +17,7 @@ class Server(HTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.busy, self.body, self.seen = 0, None, []
+        self.busy, self.body, self.usage, self.seen = 0, None, None, []
         self.lock = threading.Lock()
 
     @property
@@ -37,7 +36,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.busy -= 1
         status = 503 if busy else 200 if body["model"] == "m" else 404
         text = body["messages"][0]["content"].upper()
-        answer = {"choices": [{"message": {"content": text}}]}
+        answer = {"choices": [{"message": {"content": text}}], "usage": self.server.usage}
         data = self.server.body or json.dumps(answer).encode()
         self.send_response(status)
         self.end_headers()
@@ -77,31 +76,31 @@ def test_a_busy_server_is_asked_again(server):
     server.busy = 99
     waited.clear()
     write = address_writer(server.address, "m", tries=3, wait=waited.append)
-    with pytest.raises(IndexingError, match="503"):
+    with pytest.raises(ModelError, match="503"):
         write(["a"])
     assert waited == [1.0, 2.0]
 
 
 def test_what_waiting_does_not_mend_is_told_at_once(server):
     waited: list[float] = []
-    with pytest.raises(IndexingError, match="404") as error:
+    with pytest.raises(ModelError, match="404") as error:
         address_writer(server.address, "other", key="secret", wait=waited.append)(["a"])
     assert waited == [] and "secret" not in str(error.value)
     server.body = b"<html>"
-    with pytest.raises(IndexingError, match="OpenAI-compatible"):
+    with pytest.raises(ModelError, match="OpenAI-compatible"):
         address_writer(server.address, "m")(["a"])
     for body in (b'{"choices": []}', b'{"choices": [{"message": {"content": null}}]}', b"[1]"):
         server.body = body
-        with pytest.raises(IndexingError, match="OpenAI-compatible"):
+        with pytest.raises(ModelError, match="OpenAI-compatible"):
             address_writer(server.address, "m")(["a"])
-    with pytest.raises(IndexingError, match="no address"):
+    with pytest.raises(ModelError, match="no address"):
         address_writer("file:///etc/passwd", "m")
 
 
 def test_nobody_there(server):
     address = server.address.replace(str(server.server_port), "9")
     waited: list[float] = []
-    with pytest.raises(IndexingError, match="gave no answer"):
+    with pytest.raises(ModelError, match="gave no answer"):
         address_writer(address, "m", tries=2, wait=waited.append)(["a"])
     assert waited == [1.0]
 
@@ -119,17 +118,33 @@ def test_a_local_model_writes_the_same_alone_and_in_a_batch():
     )(["king the boy saw queen"])
 
 
-@pytest.mark.parametrize(
-    ("raw", "label"),
-    [
-        ("words of the sea", "words of the sea"),
-        ('  \n"Words of the sea."\n\nBecause …', "Words of the sea"),
-        ("**Label:** boats", "boats"),
-        ("- Phrase: boats «and» ships\n", "boats «and» ships"),
-        ("", ""),
-        ("...\n!!!", ""),
-        ("x" * 30 + " " + "y" * 90, "x" * 30 + "…"),
-    ],
-)
-def test_answers_are_cleaned(raw, label):
-    assert cleaned(raw) == label
+def test_what_an_address_costs_is_counted(server):
+    cost = Cost()
+    write = address_writer(server.address, "m", cost=cost, temperature=0.5)
+    server.usage = {"prompt_tokens": 7, "completion_tokens": 3}
+    write(["a", "b"])
+    assert (cost.calls, cost.tokens_in, cost.tokens_out, cost.uncounted) == (2, 14, 6, 0)
+    assert server.seen[-1][2]["temperature"] == 0.5
+    server.usage = {"prompt_tokens": 7}
+    write(["c"])
+    assert (cost.calls, cost.tokens_in, cost.tokens_out, cost.uncounted) == (3, 14, 6, 1)
+    assert cost.seconds > 0
+
+
+def test_what_a_local_model_costs_is_counted():
+    cost = Cost()
+    write = local_writer(tiny_model(), tiny_tokenizer(), max_new_tokens=5, cost=cost)
+    write(["the boy saw", "music"])
+    # BOS and three words, BOS and one.
+    assert (cost.calls, cost.tokens_in, cost.uncounted) == (2, 6, 0)
+    assert 2 <= cost.tokens_out <= 10 and cost.seconds > 0
+
+
+def test_what_is_drawn_depends_on_the_seed_and_the_prompt_alone():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    prompts = ["the boy saw", "music", "the boy saw"]
+    write = local_writer(model, tokenizer, max_new_tokens=8, temperature=1.0, batch_size=2)
+    together = write(prompts)
+    assert together == [write([one])[0] for one in prompts] and together[0] == together[2]
+    other = local_writer(model, tokenizer, max_new_tokens=8, temperature=1.0, seed=1)
+    assert other(prompts) != together

@@ -1,0 +1,34 @@
+"""Principal directions of activations: what varies most, whatever the labels say.
+
+The unsupervised baseline of representation reading (Zou et al. 2023, arXiv 2310.01405). It knows
+nothing of the sides of a pair, so that a direction's sign is undefined and both are given.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saesteer.directions import sides
+from saesteer.errors import PairsError
+
+
+def fit(chosen: Tensor, rejected: Tensor, *, seed: int = 0, components: int = 1) -> list[Tensor]:
+    """+ and − of each of the first principal directions of all activations, centred: [d] float32.
+
+    Each is as long as the mean difference. chosen, rejected: [n, d]. Nothing is drawn by `seed`.
+
+    Raises:
+        PairsError: bad activations, or more `components` than 2n − 1 or d.
+    """
+    from sklearn.decomposition import PCA
+
+    a, b = sides.checked(chosen, rejected)
+    x = torch.cat([a, b])
+    most = min(len(x) - 1, x.shape[1])
+    if not 1 <= components <= most:
+        raise PairsError(f"{components} components of {len(x)} activations; choose 1 to {most}")
+    found = np.asarray(PCA(components, svd_solver="full").fit(x.numpy()).components_)
+    lines = [
+        sides.as_long_as_the_shift(line, a, b) for line in torch.from_numpy(found.copy()).double()
+    ]
+    return [signed for line in lines for signed in (line, -line)]

@@ -1,0 +1,165 @@
+"""Directions of a run: fitted on contrast pairs by any method, and kept by name in RUN/steers."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saesteer.core.blocks import decoder_layers
+from saesteer.core.model import HookPoint
+from saesteer.directions.answers import answer_activations
+from saesteer.directions.direction import Direction, Part
+from saesteer.directions.fitting import Reader, fit_method, fit_reader
+from saesteer.directions.kept import save_parts
+from saesteer.directions.methods import METHODS
+from saesteer.directions.methods import method as known_method
+from saesteer.directions.pairs import Pair
+from saesteer.effects import diagnose as diagnosing
+from saesteer.effects.diagnose import Diagnosis
+from saesteer.errors import ConfigError
+from saesteer.run import Run
+from saesteer.run_text import batches, has_cache
+
+EVERY = "all"
+"""What stands for every layer in place of a hook point."""
+
+# Tokens of the run's text in which a direction's top contexts are looked for.
+_TEXT = 100_000
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Parts that were fitted together, and the file they were kept in under a name."""
+
+    name: str
+    parts: tuple[Part, ...]
+    path: Path
+
+
+def points_of(run: Run, layers: str | None, site: str = "resid_post") -> list[HookPoint]:
+    """Hook points by name: one, several with commas between, "all" blocks, or (None) the SAE's."""
+    if layers is None:
+        return [run.hook_point]
+    if layers == EVERY:
+        return [HookPoint(i, site) for i in range(len(decoder_layers(run.model)))]
+    return [HookPoint.parse(text.strip()) for text in layers.split(",")]
+
+
+def fit(
+    run: Run,
+    pairs: tuple[Pair, ...],
+    *,
+    name: str,
+    method: str = "mean-difference",
+    layers: str | None = None,
+    read: str | None = None,
+    seed: int = 0,
+    noise: float = 0.0,
+    options: Mapping[str, Any] | None = None,
+) -> list[Kept]:
+    """Fit a method on pairs and keep what it gives; activations are read once for all layers.
+
+    A method of activations is kept for each layer by itself, as NAME, or NAME-3 where there are
+    several; what a method that runs the model gives belongs together and is kept as NAME.
+
+    Args:
+        layers: see `points_of`.
+        read, seed, noise, options: as of `directions.fitting.fit_method`.
+
+    Raises:
+        ConfigError: a method or option that there isn't, or a method that only reads.
+        PairsError, HookPointError: as of `fit_method`. RunError: no name of a file.
+    """
+    chosen = known_method(method)
+    run.vector_path(name)  # a wrong name is told before the work
+    if method == "act-add" and layers is None:  # it is published for what enters a block
+        layers = f"layers.{run.hook_point.layer + 1}.resid_pre"
+    points = points_of(run, layers, "resid_pre" if method == "act-add" else "resid_post")
+    found = fit_method(
+        method,
+        run.model,
+        run.tokenizer,
+        pairs,
+        points,
+        read=read,
+        seed=seed,
+        noise=noise,
+        cache=_cache(run),
+        **(options or {}),
+    )
+    if chosen.kind == "model":
+        groups = {name: tuple(part for parts in found.values() for part in parts)}
+    elif len(found) == 1:
+        groups = {name: tuple(*found.values())}
+    else:
+        groups = {f"{name}-{point.layer}": tuple(parts) for point, parts in found.items()}
+    kept = []
+    for own, parts in groups.items():
+        if not parts:
+            raise ConfigError(f"{method} found nothing in these pairs; give others")
+        path = run.vector_path(own)
+        save_parts(path, parts)
+        kept.append(Kept(own, parts, path))
+    return kept
+
+
+def read_with(
+    run: Run,
+    pairs: tuple[Pair, ...],
+    *,
+    method: str,
+    layers: str | None = None,
+    read: str | None = None,
+    seed: int = 0,
+    noise: float = 0.0,
+    options: Mapping[str, Any] | None = None,
+) -> dict[HookPoint, tuple[Reader, float | None]]:
+    """At each layer a reader and its held-out AUROC; arguments as of `fit`."""
+    return fit_reader(
+        method,
+        run.model,
+        run.tokenizer,
+        pairs,
+        points_of(run, layers),
+        read=read,
+        seed=seed,
+        noise=noise,
+        cache=_cache(run),
+        **(options or {}),
+    )
+
+
+def diagnose(run: Run, pairs: tuple[Pair, ...], direction: Direction) -> Diagnosis:
+    """What the pairs, the run's text and its SAE say of a direction fitted by `fit`, before anyone
+    steers with it; see `effects.diagnose`.
+
+    Text and SAE are left out where they are of another hook point.
+
+    Raises:
+        PairsError: the pairs can't be read at its point.
+    """
+    chosen, rejected = answer_activations(
+        run.model, run.tokenizer, pairs, direction.point, read=direction.read, cache=_cache(run)
+    )
+    method = METHODS.get(direction.method)
+    again = None
+    if method is not None and method.kind == "pairs":
+        options = direction.provenance.get("options", {})
+        again = functools.partial(method.fit, seed=direction.provenance.get("seed", 0), **options)
+    here = direction.point == run.hook_point
+    text = batches(run, None, _TEXT, held_out=False) if here and has_cache(run) else None
+    return diagnosing.diagnose(
+        direction,
+        chosen,
+        rejected,
+        run.model,
+        run.tokenizer,
+        fit=again,
+        text=text,
+        sae=run.sae if here and run.sae.write_point == direction.point else None,
+    )
+
+
+def _cache(run: Run) -> Path:
+    return run.path / "steers" / "pairs.cache"
