@@ -109,8 +109,8 @@ def vector(
         return
     for own in kept:
         print(_line(own))
-        for found in told.get(own.name, ()):
-            print(shown(found, colour=sys.stdout.isatty()))
+        for diagnosis in told.get(own.name, ()):
+            print(shown(diagnosis, colour=sys.stdout.isatty()))
     print(f'next: saesteer steer {run} --vector {kept[0].name}=1 --prompt "…"')
 
 
