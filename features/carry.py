@@ -1,7 +1,7 @@
 """What outlives an index that is made again: the user's notes, and what was dear to measure."""
 
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,7 +100,11 @@ def _carried(path: Path, old: sqlite3.Connection, new: sqlite3.Connection, load:
     if before.get("model_fingerprint") != now.get("model_fingerprint"):
         return Carried(None, tuple(labels))
     _copy(old, new, "judged")
-    _copy(old, new, "outputs")
+    # What a feature does was measured in units of its highest activation, and on the tokens that
+    # it fired on: of another text both are others.
+    figures = "SELECT id, max_act, n_fired FROM features"
+    alike = {row[0] for row in set(_rows(old, figures)).intersection(_rows(new, figures))}
+    _copy(old, new, "outputs", alike)
     new.execute(
         "UPDATE features SET (output_score, own_effect) = "
         "(SELECT score, own FROM outputs WHERE feature = id) "
@@ -135,11 +139,15 @@ def _relabelled(new: sqlite3.Connection, labels: Mapping[int, str], load: Load) 
     return standing
 
 
-def _copy(old: sqlite3.Connection, new: sqlite3.Connection, table: str) -> None:
+def _copy(
+    old: sqlite3.Connection, new: sqlite3.Connection, table: str, only: Container[int] | None = None
+) -> None:
+    """Copy a table's rows; only: those of these features, by the first column."""
     width = len(new.execute(f"SELECT * FROM {table} LIMIT 0").description)
     marks = ", ".join("?" * width)
     rows = _rows(old, f"SELECT * FROM {table}")
-    new.executemany(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", rows)
+    kept = (row for row in rows if only is None or row[0] in only)
+    new.executemany(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", kept)
 
 
 def _rows(connection: sqlite3.Connection, sql: str) -> Iterator[tuple[Any, ...]]:

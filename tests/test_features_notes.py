@@ -175,6 +175,18 @@ def test_effects_and_judgements_are_kept_for_one_sae_and_one_model(path: Path) -
     assert measured()[:2] == ([], [(None, None), (None, None)])
 
 
+def test_effects_do_not_outlive_the_text_that_they_were_measured_on(path: Path) -> None:
+    store.keep_outputs(path, [(1, 0.5, 0.25), (3, 0.5, 0.25)], {"amplification": 0.5})
+    other = [
+        replace(e, feature=replace(e.feature, **change))
+        for e, change in zip(SOME, ({}, {"max_act": 1.5}, {}, {}), strict=True)
+    ]
+    store.write(path, other, MADE_FROM)
+    with reading(path) as connection:
+        assert [f.output_score for f in store.load(connection, [1, 3])] == [None, 0.5]
+    assert store.measured(path) == {3}
+
+
 def test_notes_are_carried_over_from_an_index_of_version_2(path: Path) -> None:
     notes.star(path, 2)
     with writing(path) as connection:

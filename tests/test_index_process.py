@@ -101,6 +101,12 @@ def test_a_pass_of_something_else_is_not_gone_on_from(folder, small_run, stories
     assert features(folder) == features(small_run.path)
 
 
+def test_a_pass_of_less_text_is_not_gone_on_from(folder, stories, capsys):
+    killed(folder, "--text", str(stories), "--tokens", "30000")
+    assert main(["index", str(folder), "--text", str(stories), "--tokens", "20000"]) == 2
+    assert "tokens 30000, expected 20000" in capsys.readouterr().err
+
+
 def test_two_processes_index_what_one_does(folder, small_run, stories):
     options = ["--text", str(stories), "--tokens", "30000"]
     done = subprocess.run(
