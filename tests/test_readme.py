@@ -189,8 +189,11 @@ def test_the_page_on_steering(mine, capsys, monkeypatch):
 
 
 def test_the_page_on_directions(mine, capsys):
+    (template,) = blocks("toml", DIRECTIONS)
+    (mine / "mood.toml").write_text(template)
     for block in blocks("sh", DIRECTIONS):
         run_all(commands(block))
+    assert len((mine / "happy.jsonl").read_text().splitlines()) == 32
     out = capsys.readouterr().out
     assert "it reads, and steers nothing" in out and "calm-lat-0: lat of 32 pairs" in out
     names: dict[str, object] = {}
