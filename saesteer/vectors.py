@@ -24,6 +24,10 @@ from saesteer.run_text import batches, has_cache
 EVERY = "all"
 """What stands for every layer in place of a hook point."""
 
+# Methods that choose among all blocks, as they were published, where no layer is named.
+_OF_ALL_BLOCKS = ("iti", "icv")
+# Methods whose parts are each a direction of its own, not to be used together.
+_APART = ("pca-activations", "melbo")
 # Tokens of the run's text in which a direction's top contexts are looked for.
 _TEXT = 100_000
 
@@ -61,7 +65,8 @@ def fit(
     """Fit a method on pairs and keep what it gives; activations are read once for all layers.
 
     A method of activations is kept for each layer by itself, as NAME, or NAME-3 where there are
-    several; what a method that runs the model gives belongs together and is kept as NAME.
+    several layers; what a method that runs the model gives belongs together and is kept as NAME.
+    Directions that are alternatives (both signs of a component, MELBO's) are numbered: NAME-1, ….
 
     Args:
         layers: see `points_of`.
@@ -75,6 +80,8 @@ def fit(
     run.vector_path(name)  # a wrong name is told before the work
     if method == "act-add" and layers is None:  # it is published for what enters a block
         layers = f"layers.{run.hook_point.layer + 1}.resid_pre"
+    if method in _OF_ALL_BLOCKS and layers is None:
+        layers = EVERY
     points = points_of(run, layers, "resid_pre" if method == "act-add" else "resid_post")
     found = fit_method(
         method,
@@ -93,7 +100,18 @@ def fit(
     elif len(found) == 1:
         groups = {name: tuple(*found.values())}
     else:
-        groups = {f"{name}-{point.layer}": tuple(parts) for point, parts in found.items()}
+        # Two places of one layer are told apart by their whole names.
+        alone = len({point.layer for point in found}) == len(found)
+        groups = {
+            f"{name}-{point.layer if alone else str(point).replace('.', '-')}": tuple(parts)
+            for point, parts in found.items()
+        }
+    if method in _APART:
+        groups = {
+            f"{own}-{i}": (part,)
+            for own, parts in groups.items()
+            for i, part in enumerate(parts, 1)
+        }
     kept = []
     for own, parts in groups.items():
         if not parts:

@@ -51,10 +51,13 @@ def fitted(run, method, **changes):
 @pytest.mark.filterwarnings("ignore:1 contrast pair")
 @pytest.mark.parametrize("method", STEERING)
 def test_every_method_is_fitted_kept_and_steers(run, method):
-    (kept,) = fitted(run, method)
-    assert kept.path == run.path / "steers" / f"{method}.safetensors"
+    kept, *others = fitted(run, method)
+    apart = method in ("pca-activations", "melbo")
+    name = f"{method}-1" if apart else method
+    assert kept.path == run.path / "steers" / f"{name}.safetensors"
     assert kept.parts and all(part.method == method for part in kept.parts)
-    edits = run.edits(vector={method: 1.0})
+    assert len(others) == (method == "pca-activations")
+    edits = run.edits(vector={name: 1.0})
     prompt = PAIRS[0].prompt
     with steer(run.model, edits, tokenizer=run.tokenizer) as receipt:
         write(run.model, run.tokenizer, [prompt], max_new_tokens=4, temperature=0.0)
@@ -73,7 +76,7 @@ def test_all_layers_are_fitted_on_one_reading(run, monkeypatch):
 
 
 def test_a_kept_method_of_several_parts_is_no_single_direction(run):
-    fitted(run, "pca-activations", name="both")
+    fitted(run, "iti", name="both", options={"heads": 2})
     with pytest.raises(SteeringError, match="no single direction"):
         run.load_vector("both")
     with pytest.raises(SteeringError, match="give a plain number"):
@@ -82,6 +85,19 @@ def test_a_kept_method_of_several_parts_is_no_single_direction(run):
         fitted(run, "lat", name="../up")
     with pytest.raises(ConfigError, match="only reads"):
         fitted(run, "ccs")
+
+
+def test_the_two_signs_of_a_component_are_two_directions(run):
+    plus, minus = (kept.parts[0] for kept in fitted(run, "pca-activations", name="pc"))
+    torch.testing.assert_close(plus.vector, -minus.vector)
+
+
+def test_two_places_of_one_layer_are_kept_apart(run):
+    found = fitted(run, "lat", name="two", layers="layers.1.resid_pre,layers.1.resid_post")
+    names = ["two-layers-1-resid_pre", "two-layers-1-resid_post"]
+    assert [kept.name for kept in found] == names
+    pre, post = (run.load_vector(name) for name in names)
+    assert (pre.point.site, post.point.site) == ("resid_pre", "resid_post")
 
 
 def said(capsys, *arguments):
@@ -120,6 +136,8 @@ def test_the_command_fits_by_any_method(capsys, run, file):
         ("{run}", "--list says"),
         ("{run} --pairs {file}", "give the direction a name"),
         ("{run} --pairs {file} --name x --method latt", "no method 'latt' (did you mean 'lat'?)"),
+        ("{run} --pairs {file} --name x --diagnose --noise .1", "of pairs as they are"),
+        ("{run} --pairs {file} --name x --diagnose --method melbo", "fitted on activations"),
         ("{run} --pairs {file} --name x --set centred", "expected OPTION=VALUE"),
         ("{run} --pairs {file} --name x --set alpha=2", "no option 'alpha'"),
         ("{run} --pairs {file} --name x --method iti --set alpha=much", "a number, as 15.0"),

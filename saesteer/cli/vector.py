@@ -25,7 +25,7 @@ def vector(
     pairs: str | None = None,
     name: str | None = None,
     method: str = "mean-difference",
-    layer: str | None = None,
+    layer: Annotated[str | None, tyro.conf.arg(aliases=["--layers"])] = None,
     read: str | None = None,
     noise: float = 0.0,
     seed: int = 0,
@@ -76,6 +76,11 @@ def vector(
             raise ConfigError(f"--set {option}={value}: expected a number, as {usual}")
     if chosen.kind != "reader" and name is None:
         raise ConfigError("give the direction a name with --name NAME")
+    if diagnose and (chosen.kind not in ("pairs", "pairs-many") or noise):
+        raise ConfigError(
+            "--diagnose is for methods fitted on activations, of pairs as they are: leave it out, "
+            "or --noise"
+        )
     opened = Run.open(run, device=device, dtype=dtype)
     given = read_pairs(pairs, opened.tokenizer)
     how: dict[str, Any] = {
