@@ -12,7 +12,7 @@ from saesteer.directions.answers import answer_activations
 from saesteer.directions.direction import Direction, Part
 from saesteer.directions.fitting import Reader, fit_method, fit_reader
 from saesteer.directions.kept import save_parts
-from saesteer.directions.methods import METHODS
+from saesteer.directions.methods import ALTERNATIVES, METHODS
 from saesteer.directions.methods import method as known_method
 from saesteer.directions.pairs import Pair
 from saesteer.effects import diagnose as diagnosing
@@ -26,8 +26,6 @@ EVERY = "all"
 
 # Methods that choose among all blocks, as they were published, where no layer is named.
 _OF_ALL_BLOCKS = ("iti", "icv")
-# Methods whose parts are each a direction of its own, not to be used together.
-_APART = ("pca-activations", "melbo")
 # Tokens of the run's text in which a direction's top contexts are looked for.
 _TEXT = 100_000
 
@@ -106,7 +104,7 @@ def fit(
             f"{name}-{point.layer if alone else str(point).replace('.', '-')}": tuple(parts)
             for point, parts in found.items()
         }
-    if method in _APART:
+    if method in ALTERNATIVES:
         groups = {
             f"{own}-{i}": (part,)
             for own, parts in groups.items()

@@ -24,6 +24,7 @@ from saesteer.directions.answers import side_tokens
 from saesteer.directions.pairs import Pair
 from saesteer.effects.output_score import output_scores
 from saesteer.errors import (
+    ConfigError,
     FeatureError,
     IndexingError,
     PairsError,
@@ -327,12 +328,16 @@ def test_noise_swaps_that_share_of_the_pairs(material):
             assert {one.chosen, one.rejected} == {was.chosen, was.rejected}
         assert list(noised.validation) == list(material.validation)
     assert noisy(material, 0.25).pairs == noisy(material, 0.25).pairs
+    # The same pairs as `fit_method` swaps with that noise.
+    swaps = fitting.swapped(len(material.pairs), 0.25, material.seed).tolist()
+    turned = [a != b for a, b in zip(noisy(material, 0.25).pairs, material.pairs, strict=True)]
+    assert turned == swaps
     assert noisy(replace(material, seed=1), 0.25).pairs != noisy(material, 0.25).pairs
     # All labels turned round, the differences are too.
     given = material.model, material.tokenizer, material.sae
     one, other = (activation_differences(*given, m.pairs) for m in (material, noisy(material, 1)))
     torch.testing.assert_close(one, -other)
-    with pytest.raises(PairsError, match=r"a share of 1\.5"):
+    with pytest.raises(ConfigError, match=r"noise=1\.5"):
         noisy(material, 1.5)
 
 

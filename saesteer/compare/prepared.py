@@ -5,7 +5,6 @@ chooses, it chooses on the pairs, or on the validation pairs with at most `budge
 the pairs that it is tested on it never sees.
 """
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saesteer.core.sae import Sae
 from saesteer.directions.answers import side_tokens
+from saesteer.directions.fitting import swapped
 from saesteer.directions.margin import margins
 from saesteer.directions.pairs import Pair
 from saesteer.effects.calibrate import EditsAt
@@ -89,18 +89,16 @@ class Material:
 def noisy(material: Material, share: float) -> Material:
     """The material with the sides of that share of its pairs swapped, drawn by its seed.
 
-    Weak supervision: any arm can be made ready from it. Validation pairs stay as they are.
+    Weak supervision: any arm can be made ready from it, on the pairs that `fit_method` swaps with
+    the same `noise` and seed. Validation pairs stay as they are.
 
     Raises:
-        PairsError: the share isn't from 0 to 1.
+        ConfigError: the share isn't from 0 to 1.
     """
-    if not 0 <= share <= 1:
-        raise PairsError(f"a share of {share} swapped pairs: expected 0 to 1, such as 0.1")
-    n = len(material.pairs)
-    swapped = set(random.Random(material.seed).sample(range(n), round(share * n)))
+    swaps = swapped(len(material.pairs), share, material.seed).tolist()
     pairs = [
-        replace(pair, chosen=pair.rejected, rejected=pair.chosen) if i in swapped else pair
-        for i, pair in enumerate(material.pairs)
+        replace(pair, chosen=pair.rejected, rejected=pair.chosen) if swap else pair
+        for pair, swap in zip(material.pairs, swaps, strict=True)
     ]
     return replace(material, pairs=pairs)
 

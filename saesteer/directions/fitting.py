@@ -79,10 +79,10 @@ def fit_method(
         )
     facts = {"seed": seed, "noise": noise, "options": options}
     if chosen.kind == "model":
-        swapped = _swapped(len(pairs), noise, seed).tolist()
+        swaps = swapped(len(pairs), noise, seed).tolist()
         given = [
             replace(p, chosen=p.rejected, rejected=p.chosen) if swap else p
-            for p, swap in zip(pairs, swapped, strict=True)
+            for p, swap in zip(pairs, swaps, strict=True)
         ]
         takes = inspect.signature(chosen.fit).parameters
         handed: dict[str, Any] = {"read": read, "batch_size": batch_size, "cache": cache}
@@ -204,7 +204,7 @@ def _sides(
 ) -> dict[HookPoint, tuple[Tensor, Tensor]]:
     """Chosen and rejected activations at each point, each [n, d], after the noise."""
     batch_size = 32 if batch_size is None else batch_size
-    swap = _swapped(len(pairs), noise, seed)[:, None]
+    swap = swapped(len(pairs), noise, seed)[:, None]
     found = answer_activations(
         model, tokenizer, pairs, points, read=read, batch_size=batch_size, cache=cache
     )
@@ -214,14 +214,14 @@ def _sides(
     }
 
 
-def _swapped(n: int, noise: float, seed: int) -> Tensor:
+def swapped(n: int, noise: float, seed: int) -> Tensor:
     """Which pairs' sides are swapped: [n] bool, a share of `noise` rounded to whole pairs."""
     if not 0 <= noise <= 1:
         raise ConfigError(f"noise={noise}: the share of pairs whose sides are swapped is 0 to 1")
-    swapped = torch.zeros(n, dtype=torch.bool)
+    found = torch.zeros(n, dtype=torch.bool)
     # A stream of its own: methods draw from `seed` too.
-    swapped[np.random.default_rng([seed, 1]).permutation(n)[: round(noise * n)]] = True
-    return swapped
+    found[np.random.default_rng([seed, 1]).permutation(n)[: round(noise * n)]] = True
+    return found
 
 
 def _means(vector: Tensor, a: Tensor, b: Tensor) -> dict[str, float]:

@@ -166,6 +166,10 @@ _ALL = (
     ),
 )
 
+ALTERNATIVES = ("pca-activations", "melbo")
+"""Methods without labels: their directions are alternatives, to be used one at a time; what any
+other method gives (a head each, a layer each) belongs together."""
+
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 
 

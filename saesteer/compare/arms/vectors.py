@@ -8,11 +8,8 @@ from saesteer.compare.prepared import Material, Prepared, validation_margin
 from saesteer.core.model import HookPoint
 from saesteer.directions.direction import Part
 from saesteer.directions.fitting import fit_method
+from saesteer.directions.methods import ALTERNATIVES
 from saesteer.effects import apply
-
-# Methods without labels: their parts are alternatives, of which one is chosen. The parts of any
-# other method (a head each, a layer each) belong together.
-_ALTERNATIVES = ("pca-activations", "melbo")
 
 
 def vector(
@@ -53,7 +50,7 @@ def vector(
     )
     parts = [part for some in found.values() for part in some]
     notes: dict[str, Any] = {"method": method, "points": [str(point) for point in points]}
-    if method not in _ALTERNATIVES:
+    if method not in ALTERNATIVES:
         return _applying(method, material, parts, {**notes, "validation_looks": 0})
     tried = [_applying(method, material, [part], notes) for part in parts[: material.budget]]
     margins = [validation_margin(one, material) for one in tried]
