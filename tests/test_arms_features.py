@@ -20,6 +20,7 @@ from saesteer.compare.arms.targeted import Effects, fit_effects, measured, sae_t
 from saesteer.compare.prepared import margins_of, noisy
 from saesteer.core.hooks import activations, capture
 from saesteer.core.points import HookPoint
+from saesteer.directions import fitting
 from saesteer.directions.answers import side_tokens
 from saesteer.directions.pairs import Pair
 from saesteer.effects.output_score import output_scores
