@@ -5,14 +5,12 @@ Every table of the file is a dataclass here; the text below a field is its help 
 
 import dataclasses
 import math
-import tomllib
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from saesteer.core import tables
 from saesteer.core.files import written_aside
-from saesteer.errors import ConfigError, did_you_mean
+from saesteer.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -181,29 +179,14 @@ def read(path: Path) -> Config:
     Raises:
         ConfigError: the file is missing or not TOML, or has a table, key or type that is unknown.
     """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"no configuration file {path}; configs/ holds examples") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as TOML: {error}") from error
-    return _build(Config, values, str(path))
+    found: Config = tables.build(Config, tables.read(path), str(path))
+    return found
 
 
 def write(path: Path, config: Config) -> None:
     """Write a configuration as TOML, aside and renamed; `read` gives it back."""
-    lines: list[str] = []
-    tables = {}
-    for key, value in dataclasses.asdict(config).items():
-        if isinstance(value, dict):
-            tables[key] = value
-        else:
-            lines.append(f"{key} = {_toml(value)}")
-    for name, table in tables.items():
-        lines += ["", f"[{name}]"]
-        lines += [f"{key} = {_toml(value)}" for key, value in table.items() if value is not None]
     with written_aside(path) as aside:
-        aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        aside.write_text(tables.written(dataclasses.asdict(config)), encoding="utf-8")
 
 
 def check_ranges(config: Config) -> None:
@@ -243,60 +226,3 @@ def check_ranges(config: Config) -> None:
     if config.rows.live and (config.rows.max_norm is not None or cache.also):
         key = "cache.also" if cache.also else "rows.max_norm"
         raise ConfigError(f"{key} needs cached activations; set rows.live to false")
-
-
-def _build(kind: type, values: dict[str, Any], where: str) -> Any:
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    arguments = {}
-    for key, value in values.items():
-        if key not in fields:
-            raise ConfigError(
-                f"{where}: unknown key {key!r}{did_you_mean(key, fields)}; "
-                f"expected one of {', '.join(fields)}"
-            )
-        expected: Any = fields[key].type
-        if dataclasses.is_dataclass(expected):
-            if not isinstance(value, dict):
-                raise ConfigError(
-                    f"{where}: {key!r} is a table: write [{key}] on a line of its own"
-                )
-            arguments[key] = _build(expected, value, f"{where} [{key}]")  # type: ignore[arg-type]
-            continue
-        if typing.get_origin(expected) is tuple:
-            arguments[key] = _items(value, typing.get_args(expected)[0], f"{where}: {key}")
-            continue
-        if expected in (float, float | None) and type(value) is int:
-            value = float(value)
-        # bool is an int to isinstance, but `tokens = true` is a mistake
-        if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-            name = getattr(expected, "__name__", str(expected).replace(" | None", ""))
-            raise ConfigError(f"{where}: {key} = {value!r} is not a {name}")
-        arguments[key] = value
-    return kind(**arguments)
-
-
-def _items(values: Any, kind: type, where: str) -> tuple[Any, ...]:
-    if not isinstance(values, list):
-        raise ConfigError(f"{where} = {values!r} is not a list; write [{_toml_or_repr(values)}]")
-    if kind is float:
-        values = [float(value) if type(value) is int else value for value in values]
-    for value in values:
-        if type(value) is not kind:
-            raise ConfigError(f"{where}: {value!r} is not a {kind.__name__}")
-    return tuple(values)
-
-
-def _toml_or_repr(value: Any) -> str:
-    return _toml(value) if isinstance(value, str | bool | int | float) else "…"
-
-
-def _toml(value: str | bool | int | float | tuple[Any, ...]) -> str:
-    if isinstance(value, tuple):
-        return f"[{', '.join(_toml(item) for item in value)}]"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        escaped = "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped)
-        return f'"{escaped}"'
-    return repr(value)

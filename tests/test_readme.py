@@ -22,6 +22,7 @@ from saesteer import config
 from saesteer.cli.index import judge
 from saesteer.cli.main import main
 from saesteer.core import model as models
+from saesteer.core import tables
 from saesteer.features.query import parse
 from saesteer.training.architectures import ARCHITECTURES
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -79,7 +80,7 @@ def workplace(tmp_path, monkeypatch):
             values["sae"]["widths"] = [4, 16, 64]
         values.setdefault("rows", {})["buffer"] = 20
         values.setdefault("train", {}).update({"tokens": 20_000, "batch_size": 256})
-        return config._build(config.Config, values, str(path))
+        return tables.build(config.Config, values, str(path))
 
     monkeypatch.setattr(models, "_source", local)
     monkeypatch.setattr(config, "read", small)

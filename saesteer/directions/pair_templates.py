@@ -49,7 +49,14 @@ class Templates:
 def fill(
     made: Templates, n: int = ENOUGH, *, seed: int = 0, against: Sequence[Pair] = ()
 ) -> tuple[Pair, ...]:
-    """n distinct pairs, in an order drawn by seed.
+    """n distinct pairs of templates, in an order drawn by seed; see `fill_numbered`."""
+    return tuple(pair for _, pair in fill_numbered(made, n, seed=seed, against=against))
+
+
+def fill_numbered(
+    made: Templates, n: int = ENOUGH, *, seed: int = 0, against: Sequence[Pair] = ()
+) -> tuple[tuple[int, Pair], ...]:
+    """n distinct pairs, each with the number of its template from 0, in an order drawn by seed.
 
     Each template is filled equally often, as far as it has so many pairs, and each value of a slot
     is used as often as the others, as far as no pair would be made twice. Of A/B questions half
@@ -65,12 +72,12 @@ def fill(
     if n < 1:
         raise PairsError(f"{n} pairs were asked for; expected 1 or more")
     rng = random.Random(seed)
-    sources = [_draws(template, made.slots, rng) for template in made.templates]
+    sources = {i: _draws(one, made.slots, rng) for i, one in enumerate(made.templates)}
     refused = stems_of(against)
-    pairs: dict[Pair, None] = {}
+    pairs: dict[Pair, int] = {}
     n_refused = 0
     while sources and len(pairs) < n:
-        for source in list(sources):
+        for number, source in list(sources.items()):
             if len(pairs) == n:
                 break
             # The next one that is new; a template that has no more is left out from here on.
@@ -80,10 +87,10 @@ def fill(
                 if leaks(pair, refused):
                     n_refused += 1
                 elif pair not in pairs:
-                    pairs[pair] = None
+                    pairs[pair] = number
                     break
             else:
-                sources.remove(source)
+                del sources[number]
     if len(pairs) < n:
         lost = f" ({n_refused} more are in the test file)" if n_refused else ""
         raise PairsError(
@@ -92,7 +99,8 @@ def fill(
         )
     mixed = list(pairs)
     rng.shuffle(mixed)
-    return as_choices(mixed, seed=seed) if made.choices else tuple(mixed)
+    given = as_choices(mixed, seed=seed) if made.choices else mixed
+    return tuple((pairs[pair], one) for pair, one in zip(mixed, given, strict=True))
 
 
 def as_choices(pairs: Sequence[Pair], *, seed: int = 0, first: int = 0) -> tuple[Pair, ...]:
