@@ -24,8 +24,8 @@ from saesteer.run_text import batches, has_cache
 EVERY = "all"
 """What stands for every layer in place of a hook point."""
 
-# Methods that choose among all blocks, as they were published, where no layer is named.
-_OF_ALL_BLOCKS = ("iti", "icv")
+OF_ALL_BLOCKS = ("iti", "icv")
+"""Methods that choose among all blocks, as they were published, where no layer is named."""
 # Tokens of the run's text in which a direction's top contexts are looked for.
 _TEXT = 100_000
 
@@ -78,7 +78,7 @@ def fit(
     run.vector_path(name)  # a wrong name is told before the work
     if method == "act-add" and layers is None:  # it is published for what enters a block
         layers = f"layers.{run.hook_point.layer + 1}.resid_pre"
-    if method in _OF_ALL_BLOCKS and layers is None:
+    if method in OF_ALL_BLOCKS and layers is None:
         layers = EVERY
     points = points_of(run, layers, "resid_pre" if method == "act-add" else "resid_post")
     found = fit_method(

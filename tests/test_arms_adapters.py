@@ -1,5 +1,6 @@
 """The arms that train: what they learn, and that they leave everything else as it was."""
 
+import gc
 import random
 import sys
 from dataclasses import replace
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from saesteer.compare import Material
-from saesteer.compare.arms import ARMS
+from saesteer.compare.arms import arm
 from saesteer.compare.arms.adapters import (
     context_distillation,
     dpo_lora,
@@ -18,7 +19,7 @@ from saesteer.compare.arms.adapters import (
     sft_lora,
 )
 from saesteer.compare.arms.prompts import opened_with
-from saesteer.compare.arms.training import prompted_kl
+from saesteer.compare.arms.training import finetuning, prompted_kl
 from saesteer.compare.combine import combined
 from saesteer.compare.prepared import Prepared, margins_of
 from saesteer.core.hooks import activations
@@ -32,6 +33,16 @@ from tests.tiny import WIDTH, random_ids, tiny_model, tiny_tokenizer
 POINT = HookPoint(1, "resid_post")
 HELD_OUT = some_pairs(12, begin=40)
 QUICK = {"steps": 12, "learning_rates": (3e-3,)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_to_collect():
+    """accelerate collects garbage after each training: not through all that is imported."""
+    _, trl = finetuning()
+    assert trl.SFTTrainer and trl.DPOTrainer  # trl imports them where they are asked for
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +68,7 @@ def test_the_margin_on_held_out_pairs_rises_and_the_model_stays(material, name):
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     before = held_out(Prepared("none", model))
 
-    prepared = ARMS[name](material, **QUICK)
+    prepared = arm(name)(material, **QUICK)
 
     assert held_out(prepared) > before + 0.3
     assert held_out(Prepared("none", model)) == before
@@ -132,7 +143,7 @@ def test_distillation_does_without_the_prompt_what_is_done_with_it(material):
     given = tiny_tokenizer(), HELD_OUT, transform
     before = prompted_kl(material.model, material.model, *given)
     rates = (3e-3, 1e-6)
-    prepared = context_distillation(material, transform=transform, steps=30, learning_rates=rates)
+    prepared = context_distillation(material, transform=transform, steps=20, learning_rates=rates)
     after = prompted_kl(material.model, prepared.model, *given)
     assert after < 0.7 * before
     assert prepared.prompt_transform("x") == "x"
@@ -192,10 +203,10 @@ def test_augmented_with_other_pairs(material):
 def test_what_is_missing_is_said_before_anything_is_trained(material, monkeypatch, name):
     options = {"transform": str.upper} if name == "context-distillation" else {}
     with pytest.raises(PairsError, match=f"'{name}' chooses among settings on validation pairs"):
-        ARMS[name](replace(material, validation=()), **options)
+        arm(name)(replace(material, validation=()), **options)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(SaesteerError, match=r"pip install 'saesteer\[finetune\]'"):
-        ARMS[name](material, **options)
+        arm(name)(material, **options)
 
 
 def test_a_pair_that_is_too_long_is_refused(material):

@@ -15,6 +15,7 @@ from saesteer.effects.attribution_view import shown
 from saesteer.effects.contrast import contrast_batches, margins, read_contrasts
 from saesteer.effects.nodes import (
     Node,
+    baseline,
     changes,
     feature_change,
     mean_baseline,
@@ -272,6 +273,12 @@ def test_what_is_refused():
         attribute(model, tokenizer, [Pair("sea " * 130, " sea", " sun")], nodes)
     with pytest.raises(SteeringError, match="nothing to rank"):
         attribute(model, tokenizer, SOME, [])
+    (batch,), sae = contrast_batches(model, tokenizer, SOME), tiny_sae()
+    with pytest.raises(PairsError, match="a batch without corrupt prompts, and no means"):
+        baseline(model, batch, points_of(nodes), None)
+    own = activations(model, points_of([], sae), batch.ids, batch.mask)
+    with pytest.raises(SteeringError, match="no mean of feature 3"):
+        feature_change(3, sae, batch, own, mean_baseline(model, [batch], []))
 
 
 def test_reading_contrasts(tmp_path):

@@ -1,7 +1,9 @@
 """Methods that choose heads: inference-time intervention and function vectors."""
 
+import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 
 from saesteer.core.hooks import capture
 from saesteer.core.model import HookPoint, load_model
@@ -62,6 +64,28 @@ class TestProbe:
         apart = iti.head_probe(noise[0] + 3, noise[1])
         assert apart.accuracy == 1
 
+    def test_log_likelihood_is_of_the_labels_of_the_same_unseen_pairs(self) -> None:
+        chosen, rejected, shift = planted_sides(50, 3)
+        found = iti.head_probe(chosen, rejected, seed=1)
+        order = np.random.default_rng(1).permutation(50)
+        seen, held = order[10:], order[:10]
+        x = torch.cat([chosen[seen], rejected[seen]]).double().numpy()
+        probe = LogisticRegression(max_iter=1000).fit(x, [1] * 40 + [0] * 40)
+        # Columns are the labels 0 and 1.
+        right = probe.predict_log_proba(chosen[held].double().numpy())[:, 1]
+        wrong = probe.predict_log_proba(rejected[held].double().numpy())[:, 0]
+        assert found.log_likelihood == pytest.approx(np.concatenate([right, wrong]).mean())
+        # A wider gap can't be told apart better than perfectly, but it is likelier.
+        near, far = (iti.head_probe(chosen + k * shift, rejected) for k in (20, 40))
+        assert near.accuracy == far.accuracy == 1
+        assert near.log_likelihood < far.log_likelihood < 0
+
+    @pytest.mark.parametrize("how", ["mass-mean", "probe"])
+    def test_sides_that_are_the_same_give_no_direction(self, how) -> None:  # type: ignore[no-untyped-def]
+        same = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+        with pytest.raises(PairsError, match="the same mean activation"):
+            iti.head_probe(same, same, direction=how)
+
     def test_one_pair_is_too_few(self) -> None:
         with pytest.raises(PairsError, match="needs 2"):
             iti.head_probe(torch.ones(1, 8), torch.zeros(1, 8))
@@ -95,6 +119,25 @@ class TestIti:
                 assert torch.equal(found[head], plain[head])
         moved = found[first.point] - plain[first.point]
         torch.testing.assert_close(moved, first.vector.expand_as(moved), rtol=1e-4, atol=1e-4)
+
+    def test_heads_that_tie_come_likelier_first_and_are_counted(self) -> None:
+        model, tokenizer, pairs = tiny_model(), tiny_tokenizer(), tiny_pairs(32)
+        candidates = all_heads(model, range(LAYERS))
+        read = answer_activations(model, tokenizer, pairs, candidates, read="answer-last")
+        probes = {head: iti.head_probe(*read[head]) for head in candidates}
+        best = max(probe.accuracy for probe in probes.values())
+        tied = [head for head in candidates if probes[head].accuracy == best]
+        likeliest = sorted(tied, key=lambda head: probes[head].log_likelihood, reverse=True)
+        assert len(tied) > 2 and likeliest[0] != tied[0]  # or there is nothing to break
+        for heads in (1, 2):
+            parts = iti.fit(model, tokenizer, pairs, EVERY, heads=heads)
+            assert [part.point for part in parts] == likeliest[:heads]
+            for part in parts:
+                assert part.provenance["tied_at_cut"] == len(tied)
+                assert part.provenance["log_likelihood"] == probes[part.point].log_likelihood
+        (*_, last) = iti.fit(model, tokenizer, pairs, EVERY, heads=len(tied) + 1)
+        same = [p for p in probes.values() if p.accuracy == last.provenance["accuracy"]]
+        assert last.provenance["accuracy"] < best and last.provenance["tied_at_cut"] == len(same)
 
     def test_by_default_a_twentieth_of_the_heads_at_least_one(self) -> None:
         model, tokenizer, pairs = tiny_model(), tiny_tokenizer(), tiny_pairs(32)

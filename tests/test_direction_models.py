@@ -1,9 +1,12 @@
 """Methods that run the model: activation addition, projection, ablation, in-context vectors."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from saesteer.core.hooks import capture
 from saesteer.core.model import HookPoint, fingerprint
@@ -11,7 +14,7 @@ from saesteer.directions import ablate, act_add, icv, refusal
 from saesteer.directions.answers import answer_activations
 from saesteer.directions.pairs import Pair
 from saesteer.effects.apply import edits
-from saesteer.errors import HookPointError, PairsError
+from saesteer.errors import HookPointError, NothingSteeredError, PairsError
 from saesteer.steering.bake import ablation_everywhere, bake
 from saesteer.steering.bake_changes import writes
 from saesteer.steering.engine import steer
@@ -33,6 +36,17 @@ def stream(model, ids, points, parts=(), strength=1.0):  # type: ignore[no-untyp
             with steer(model, edits(parts, strength)), capture(model, points) as found:
                 model(ids)
     return {point: x[0] for point, x in found.items()}
+
+
+def marking_tokenizer(*, space: bool, marker: str = "▁") -> PreTrainedTokenizerFast:
+    """Characters after a marker, as SentencePiece has them; space: " " is a token of its own."""
+    vocab = {"<unk>": 0, "<bos>": BOS, marker: 4, "a": 5, "b": 6} | ({" ": 7} if space else {})
+    inner = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
+    steps = [normalizers.Prepend(marker)]
+    if not space:
+        steps.append(normalizers.Replace(" ", marker))
+    inner.normalizer = normalizers.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<bos>")
 
 
 class TestActAdd:
@@ -94,6 +108,29 @@ class TestActAdd:
         expected = stream(model, plus, [PRE])[PRE] - stream(model, minus, [PRE])[PRE]
         torch.testing.assert_close(torch.stack([part.vector for part in found]), expected[1:])
 
+    @pytest.mark.parametrize(
+        "its_own", [False, True], ids=["the marker twice", "a token of its own"]
+    )
+    def test_a_lone_space_after_a_llama_like_marker_is_a_space(self, its_own: bool) -> None:
+        tokenizer = marking_tokenizer(space=its_own)
+        assert len(tokenizer.encode(" ", add_special_tokens=False)) == 2
+        space = tokenizer.convert_tokens_to_ids(" " if its_own else "▁")
+        model = tiny_model()
+        (*_, last) = found = act_add.fit(model, tokenizer, [Pair("", "a b a b", "a")], [PRE])
+        plus, minus = (
+            [BOS, *tokenizer.encode(t, add_special_tokens=False)] for t in ("a b a b", "a")
+        )
+        minus += [space] * (len(plus) - len(minus))
+        expected = stream(model, plus, [PRE])[PRE] - stream(model, minus, [PRE])[PRE]
+        assert last.use.position == len(plus) - 2
+        torch.testing.assert_close(torch.stack([part.vector for part in found]), expected[4:])
+
+    def test_a_space_that_is_other_tokens_is_refused(self) -> None:
+        tokenizer = marking_tokenizer(space=True, marker="_")
+        assert len(tokenizer.encode(" ", add_special_tokens=False)) == 2
+        with pytest.raises(PairsError, match="no token for a space"):
+            act_add.fit(tiny_model(), tokenizer, [Pair("", "a b a b", "a")], [PRE])
+
     def test_without_bos_places_count_from_the_first_token(self) -> None:
         model, tokenizer = tiny_model(), tiny_tokenizer(bos=False)
         found = act_add.fit(model, tokenizer, [Pair("", "rain then", "sun then")], [PRE])
@@ -102,6 +139,30 @@ class TestActAdd:
         plain, steered = stream(model, ids, [PRE])[PRE], stream(model, ids, [PRE], found)[PRE]
         expected = torch.stack([*[part.vector for part in found], *torch.zeros(2, WIDTH)])
         torch.testing.assert_close(steered - plain, expected, rtol=1e-4, atol=1e-5)
+
+    def test_places_beyond_a_short_prompt_are_left_out(self) -> None:
+        model, tokenizer = tiny_model(), tiny_tokenizer()
+        pair = Pair("the", " rain then was calm", " sun then was old")
+        found = act_add.fit(model, tokenizer, [pair], [PRE])
+        assert [part.use.position for part in found] == [1, 2, 3, 4]
+        ids = torch.cat([torch.full((2, 1), BOS), random_ids(2, 7)], 1)
+        mask = torch.ones_like(ids)
+        ids[1, 4:] = mask[1, 4:] = 0  # BOS and 3 tokens, the last two of which have a place
+        seen = []
+        for parts in ([], edits(found)):
+            with torch.no_grad(), steer(model, parts) if parts else nullcontext():
+                with capture(model, [PRE]) as x:
+                    model(ids, attention_mask=mask)
+                seen.append(x[PRE])
+        moved = seen[1] - seen[0]
+        vectors = torch.stack([part.vector for part in found])
+        torch.testing.assert_close(moved[0, 2:6], vectors, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(moved[1, 2:4], vectors[:2], rtol=1e-4, atol=1e-5)
+        moved[0, 2:6] = moved[1, 2:] = 0
+        assert moved.abs().max() == 0
+        # Where none of its places is there, nothing would be steered at all.
+        with pytest.raises(NothingSteeredError, match="touched no token in any row"):
+            stream(model, [BOS, 9], [PRE], found)
 
     def test_what_it_is_not_for_is_refused(self) -> None:
         model, tokenizer = tiny_model(), tiny_tokenizer()
@@ -137,6 +198,11 @@ def test_refusal_projection_puts_every_token_at_the_chosen_sides_mean(
     torch.testing.assert_close(
         moved - (moved @ unit)[:, None] * unit, torch.zeros_like(moved), rtol=0, atol=1e-5
     )
+
+
+def test_refusal_projection_cannot_be_read_where_the_sides_are_the_same() -> None:
+    with pytest.raises(PairsError, match="'prompt-last': the two sides of a pair share"):
+        refusal.fit(tiny_model(), tiny_tokenizer(), tiny_pairs(32), [POINT], read="prompt-last")
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])

@@ -151,36 +151,13 @@ def test_equal_texts_are_run_once(passes: list[int]) -> None:
     assert torch.equal(rejected[0], rejected[1])
 
 
-@pytest.mark.parametrize("name", [m.name for m in METHODS.values() if m.kind in ("pairs", "map")])
-def test_batches_and_padding_change_nothing(name: str, told: Any) -> None:
-    model, tokenizer, pairs = told
-    found = []
-    for batch_size in (1, 64):
-        (part,) = fit_method(name, model, tokenizer, pairs, [POINT], batch_size=batch_size)[POINT]
-        found.append(part.vector if isinstance(part, Direction) else part.matrix)
-    # A probe's solver stops within its tolerance, and a map inverts a covariance.
-    assert (found[0] - found[1]).norm() < 1e-3 * found[1].norm()
-
-
-@pytest.mark.parametrize("name", ["mean-difference", "lat", "logistic-probe"])
-def test_bfloat16_is_within_its_rounding(name: str, told: Any) -> None:
-    model, tokenizer, pairs = told
-    half, _ = load_model("planted", dtype="bfloat16")
-    one = fit_direction(name, model, tokenizer, pairs, POINT)
-    other = fit_direction(name, half, tokenizer, pairs, POINT)
-    assert other.vector.dtype == torch.float32
-    assert one.model_fingerprint == other.model_fingerprint
-    assert torch.cosine_similarity(one.vector, other.vector, dim=0) > 0.995
-    assert other.vector.norm() == pytest.approx(float(one.vector.norm()), rel=0.02)
-
-
-def test_every_method_on_activations_fits_at_every_layer(told: Any) -> None:
+def test_every_method_on_activations_fits_at_every_layer(told: Any, tmp_path: Path) -> None:
     model, tokenizer, pairs = told
     points = [HookPoint(layer, "resid_post") for layer in range(model.config.num_hidden_layers)]
     expected = {"pairs": 1, "map": 1, "pairs-many": 2}
     for one in METHODS.values():
         if one.kind in expected:
-            found = fit_method(one.name, model, tokenizer, pairs, points, seed=3)
+            found = fit_method(one.name, model, tokenizer, pairs, points, seed=3, cache=tmp_path)
             assert list(found) == points
             for point, parts in found.items():
                 assert len(parts) == expected[one.kind]
@@ -238,7 +215,7 @@ def test_a_direction_says_where_its_sides_lie(told: Any) -> None:
 
 def test_ccs_reads_and_makes_nothing_to_steer_with(told: Any) -> None:
     model, tokenizer, pairs = told
-    reader, auroc = fit_reader("ccs", model, tokenizer, pairs, [POINT], steps=300)[POINT]
+    reader, auroc = fit_reader("ccs", model, tokenizer, pairs, [POINT], steps=100, starts=2)[POINT]
     chosen, rejected = answer_activations(model, tokenizer, pairs, POINT)
     assert reader.score(chosen).mean() > reader.score(rejected).mean()
     assert auroc is not None

@@ -112,7 +112,7 @@ def test_methods_are_listed_with_their_papers(capsys):
     for name, method in METHODS.items():
         assert f" {name} {method.line} {method.paper} " in f" {' '.join(out.split())} "
     assert all(len(line) <= 80 for line in out.splitlines())
-    assert {one["name"] for one in json.loads(said(capsys, "--list", "--json")[1])} == set(METHODS)
+    assert {one["name"] for one in json.loads(said(capsys, "--list", "--json")[1])} > set(METHODS)
 
 
 def test_the_command_fits_by_any_method(capsys, run, file):

@@ -32,7 +32,8 @@ COMMANDS = {
     "export": ("saesteer.cli.exchange", "write an index as CSV or for Neuronpedia"),
     "import": ("saesteer.cli.exchange", "look at a Neuronpedia export"),
     "pairs": ("saesteer.cli.pairs", "make contrast pairs, or check a file of them"),
-    "vector": ("saesteer.cli.vector", "fit a direction on contrast pairs, by any method"),
+    "vector": ("saesteer.cli.vector", "make any way to steer from contrast pairs"),
+    "directions": ("saesteer.cli.directions", "what directions are kept, and do; sums of them"),
     "steer": (
         "saesteer.cli.steer",
         "generate with features clamped, directions added, projected, turned",
@@ -57,7 +58,7 @@ def usage() -> str:
         "usage: saesteer COMMAND [--help] [--debug] …",
         "",
     ]
-    lines += [f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items()]
+    lines += [f"  {name:<12}{what}" for name, (_, what) in COMMANDS.items()]
     lines += ["", "Start with: saesteer demo"]
     return "\n".join(lines)
 

@@ -117,13 +117,14 @@ class Scoped:
         """The edits with their positions, condition and schedule."""
         about: dict[str, Any] = {
             "where": self.positions(),
-            "when": None if self.condition is None else self._when(self.condition, run),
+            "when": None if self.condition is None else self.parsed_when(self.condition, run),
             "schedule": None if self.fade is None else schedule(self.fade),
             "keep_norm": self.keep_norm,
         }
         return [replace(edit, **about) for edit in edits]
 
-    def _when(self, condition: str, run: Run) -> "When":
+    def parsed_when(self, condition: str, run: Run) -> "When":
+        """The condition that FEATURE>NUMBER is. SteeringError where it isn't of that form."""
         from saesteer.steering.conditions import Feature, When
 
         match = _CONDITION.fullmatch(condition)

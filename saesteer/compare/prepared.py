@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from saesteer.core.sae import Sae
 from saesteer.directions.answers import side_tokens
 from saesteer.directions.fitting import swapped
-from saesteer.directions.margin import margins
+from saesteer.directions.margin import answers_of, margins
 from saesteer.directions.pairs import Pair
 from saesteer.effects.calibrate import EditsAt
 from saesteer.errors import IndexingError, PairsError, SaeError
@@ -143,14 +143,30 @@ def margins_of(
 ) -> Tensor:
     """The margin of each pair under an arm, [n] float32; see `directions.margin`.
 
+    The answers count as generated, so that edits for generated tokens are made to them alone, and
+    edits for the prompt to the prompt alone, as where the model itself writes.
+
     Raises:
-        PairsError: an answer that has no token. SteeringError: edits that can't be made.
+        PairsError: an answer that has no token to predict. SteeringError: edits that can't be
+            made; NothingSteeredError: one that is for no token of some pair.
     """
     seen = [replace(pair, prompt=prepared.prompt_transform(pair.prompt)) for pair in pairs]
     check_room(prepared, tokenizer, seen)
     edits = list(prepared.edits(strength))
-    with steer(prepared.model, edits, tokenizer=tokenizer) if edits else nullcontext():
-        return margins(prepared.model, tokenizer, seen)
+    # Where the answers begin is one column for a whole pass, so prompts of one length go together;
+    # without edits too, so that a strength that does nothing gives the same to the bit.
+    alike: dict[int, list[int]] = {}
+    for i, chosen in enumerate(answers_of(prepared.model, tokenizer, seen)[::2]):
+        alike.setdefault(chosen.start, []).append(i)
+    found = torch.zeros(len(seen))
+    for length, rows in alike.items():
+        with (
+            steer(prepared.model, edits, tokenizer=tokenizer, prompt_length=length)
+            if edits
+            else nullcontext()
+        ):
+            found[rows] = margins(prepared.model, tokenizer, [seen[i] for i in rows])
+    return found
 
 
 def validation_margin(prepared: Prepared, material: Material, strength: float = 1.0) -> float:

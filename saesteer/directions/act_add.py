@@ -30,7 +30,8 @@ def fit(
     The two prompts begin together, and the shorter one is filled up with spaces. Each v_t [d_model]
     is added to the token at its own place of a prompt, in the prompt alone: tokens generated from a
     cache are not edited. Where both prompts still read the same the difference is zero, and there
-    is no direction. The paper multiplies by 3 to 15; steer a prompt that has as many tokens.
+    is no direction. Places beyond the end of a prompt are left out. The paper multiplies by 3 to
+    15.
 
     Args:
         pairs: one; a side is its prompt followed by its answer.
@@ -42,7 +43,7 @@ def fit(
 
     Raises:
         PairsError: not one pair, sides with the same tokens, or of different lengths where the
-            tokenizer has no token for a space.
+            tokenizer has no one token for a space.
         HookPointError: another site, or a place that the model doesn't have.
     """
     if len(pairs) != 1:
@@ -92,10 +93,25 @@ def _aligned(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> tuple[list[int],
     longest = max(len(plus), len(minus))
     if len(plus) == len(minus):
         return plus, minus
-    space = list(tokenizer.encode(" ", add_special_tokens=False))
-    if len(space) != 1 or space[0] in tokenizer.all_special_ids:
+    space = _space(tokenizer)
+    if space is None:
         raise PairsError(
             f"the sides of the pair have {len(plus)} and {len(minus)} tokens, and this tokenizer "
             "has no token for a space to fill up the shorter one; give sides of one length"
         )
-    return tuple(ids + space * (longest - len(ids)) for ids in (plus, minus))  # type: ignore[return-value]
+    a, b = (ids + [space] * (longest - len(ids)) for ids in (plus, minus))
+    return a, b
+
+
+def _space(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The one token that a space is, None where there is none.
+
+    A tokenizer like Llama's puts a marker before every text, which a lone space then follows: as
+    the same token, or as another.
+    """
+    ids = list(tokenizer.encode(" ", add_special_tokens=False))
+    if len(ids) == 2 and tokenizer.convert_ids_to_tokens(ids[0]) == "▁":
+        ids = ids[1:]
+    if len(set(ids)) != 1 or ids[0] in tokenizer.all_special_ids:
+        return None
+    return ids[0]

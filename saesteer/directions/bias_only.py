@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from saesteer.core.blocks import point_width
 from saesteer.core.clock import TokenClock
 from saesteer.core.hooks import activations, edit
 from saesteer.core.model import HookPoint, device_of, fingerprint, special_token_ids
@@ -20,6 +21,10 @@ from saesteer.directions.pairs import Pair, warn_if_few
 from saesteer.directions.places import Side
 from saesteer.directions.rows import added, both_sides, padded
 from saesteer.errors import PairsError, TrainingError
+
+# Pairs whose activations say how large the stream is: a number of its own, since the size of an
+# update may not depend on that of a batch.
+_MEASURED = 32
 
 
 def fit(
@@ -61,7 +66,8 @@ def fit(
     name = fingerprint(model)
     found = []
     for point in points:
-        size, width = _usual_norm(model, point, sides[:batch_size], special)
+        size = _usual_norm(model, point, sides[:_MEASURED], special, batch_size)
+        width = point_width(model, point)
         vector = torch.zeros(width, device=device_of(model), requires_grad=True)
         # Adam's updates are about its learning rate in every dimension.
         adam = torch.optim.Adam([vector], lr=learning_rate * size / width**0.5)
@@ -125,9 +131,14 @@ def _usual_norm(
     point: HookPoint,
     sides: Sequence[tuple[Side, Side]],
     special: frozenset[int],
-) -> tuple[float, int]:
-    """The mean norm of the plain tokens' activations at a point, and their width."""
-    ids, mask = padded([side.ids for both in sides for side in both])
-    x = activations(model, [point], ids, mask)[point].float().cpu()
-    plain = (mask > 0) & ~torch.isin(ids, torch.tensor(sorted(special), dtype=torch.long))
-    return float(x[plain].norm(dim=-1).mean()), x.shape[-1]
+    batch_size: int,
+) -> float:
+    """The mean norm of the plain tokens' activations at a point."""
+    rows = [side.ids for both in sides for side in both]
+    norms = []
+    for first in range(0, len(rows), batch_size):
+        ids, mask = padded(rows[first : first + batch_size])
+        x = activations(model, [point], ids, mask)[point].float().cpu()
+        plain = (mask > 0) & ~torch.isin(ids, torch.tensor(sorted(special), dtype=torch.long))
+        norms.append(x[plain].norm(dim=-1))
+    return float(torch.cat(norms).mean())

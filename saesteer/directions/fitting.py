@@ -78,6 +78,7 @@ def fit_method(
             "method that gives a direction, such as mean-difference"
         )
     facts = {"seed": seed, "noise": noise, "options": options}
+    said = _said(read=read, batch_size=batch_size, cache=cache)
     if chosen.kind == "model":
         swaps = swapped(len(pairs), noise, seed).tolist()
         given = [
@@ -85,8 +86,7 @@ def fit_method(
             for p, swap in zip(pairs, swaps, strict=True)
         ]
         takes = inspect.signature(chosen.fit).parameters
-        handed: dict[str, Any] = {"read": read, "batch_size": batch_size, "cache": cache}
-        handed = {k: value for k, value in handed.items() if k in takes and value is not None}
+        handed = {k: value for k, value in said.items() if k in takes}
         prompts = list(dict.fromkeys(pair.prompt for pair in given if pair.prompt))
         what = prompts if "prompts" in takes else given
         found: list[Direction] = chosen.fit(
@@ -98,9 +98,8 @@ def fit_method(
             grouped.setdefault(part.point, []).append(part)
         return grouped
 
-    read = "answer-mean" if read is None else read
-    sides = _sides(model, tokenizer, pairs, points, read, batch_size, cache, noise, seed)
-    of = fingerprint(model)
+    sides = _sides(model, tokenizer, pairs, points, noise, seed, said)
+    read, of = said.get("read", "answer-mean"), fingerprint(model)
     parts: dict[HookPoint, list[Part]] = {}
     for point, (a, b) in sides.items():
         made = chosen.fit(a, b, seed=seed, **options)
@@ -166,8 +165,8 @@ def fit_reader(
     chosen = _method(name, options)
     if chosen.kind != "reader":
         raise ConfigError(f"{name} is no reader; use fitting.fit_method")
-    read = "answer-mean" if read is None else read
-    sides = _sides(model, tokenizer, pairs, points, read, batch_size, cache, noise, seed)
+    said = _said(read=read, batch_size=batch_size, cache=cache)
+    sides = _sides(model, tokenizer, pairs, points, noise, seed, said)
     return {
         point: (
             chosen.fit(a, b, seed=seed, **options),
@@ -191,23 +190,23 @@ def _method(name: str, options: dict[str, Any]) -> Method:
     return chosen
 
 
+def _said(**how: Any) -> dict[str, Any]:
+    """What isn't None; for the rest, whoever reads the pairs has defaults."""
+    return {name: value for name, value in how.items() if value is not None}
+
+
 def _sides(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[Pair],
     points: Sequence[HookPoint],
-    read: str,
-    batch_size: int | None,
-    cache: Path | None,
     noise: float,
     seed: int,
+    said: dict[str, Any],
 ) -> dict[HookPoint, tuple[Tensor, Tensor]]:
     """Chosen and rejected activations at each point, each [n, d], after the noise."""
-    batch_size = 32 if batch_size is None else batch_size
     swap = swapped(len(pairs), noise, seed)[:, None]
-    found = answer_activations(
-        model, tokenizer, pairs, points, read=read, batch_size=batch_size, cache=cache
-    )
+    found = answer_activations(model, tokenizer, pairs, points, **said)
     warn_if_few(len(pairs))
     return {
         point: (torch.where(swap, b, a), torch.where(swap, a, b)) for point, (a, b) in found.items()

@@ -53,7 +53,8 @@ def fit(
     A trial asks one pair's prompt after demonstrations, other pairs' prompts with their chosen
     answers. A head's mean output is over those, at the last token. Its indirect effect is how much
     likelier the chosen answer's token gets when that mean takes the place of the head's output
-    at the last token after wrong demonstrations.
+    at the last token after wrong demonstrations. In bfloat16 an effect smaller than the rounding of
+    a probability is noise, and other heads are taken: load the model in float32 for this.
 
     Args:
         points: where the sum [d_model] is to be added; the same vector at each (the paper: a third

@@ -27,11 +27,13 @@ VALIDATION = 0.2
 
 
 class HeadProbe(NamedTuple):
-    """What a head says of the sides: θ [d_head] of length 1, σ along it, a probe's accuracy."""
+    """What a head says of the sides: θ [d_head] of length 1 and σ along it; of its probe, on
+    pairs that it hasn't seen, the accuracy and the mean log-likelihood of the labels, in nats."""
 
     theta: Tensor
     sigma: float
     accuracy: float
+    log_likelihood: float
 
 
 def fit(
@@ -51,10 +53,11 @@ def fit(
     """α·σ·θ, added to the outputs of the heads whose probes tell the sides apart best.
 
     A logistic probe is fitted to each head's output at the last token of the answers, and judged
-    on a fifth of the pairs that it has not seen. The best K heads by accuracy are taken, earlier
-    ones first where they tie. θ is, from all pairs, the direction between the sides' means
-    ("mass-mean", which does best in the paper) or the probe's weights ("probe"), of length 1 and
-    towards the chosen side; σ is the standard deviation of all outputs along θ.
+    on a fifth of the pairs that it has not seen. The best K heads by accuracy are taken; where
+    several are as accurate, as they often are on few pairs, those first whose probes find the
+    labels likelier. θ is, from all pairs, the direction between the sides' means ("mass-mean",
+    which does best in the paper) or the probe's weights ("probe"), of length 1 and towards the
+    chosen side; σ is the standard deviation of all outputs along θ.
 
     Args:
         points: of a head, that head; of anything else, all heads of its block. The method is meant
@@ -65,7 +68,8 @@ def fit(
         read, batch_size, cache: see `answers.answer_activations`.
 
     Returns:
-        K directions [d_head] at head hook points, the most accurate first.
+        K directions [d_head] at head hook points, the most accurate first. The provenance says
+        how many heads are as accurate as the last of them, itself included ("tied_at_cut").
 
     Raises:
         PairsError: fewer than two pairs, or one that can't be read; an unknown `direction`; a
@@ -86,7 +90,11 @@ def fit(
     probes = {
         point: head_probe(*found[point], direction=direction, seed=seed) for point in candidates
     }
-    best = sorted(candidates, key=lambda point: -probes[point].accuracy)[:wanted]
+    best = sorted(
+        candidates, key=lambda point: (-probes[point].accuracy, -probes[point].log_likelihood)
+    )[:wanted]
+    cut = probes[best[-1]].accuracy
+    tied = sum(probe.accuracy == cut for probe in probes.values())
     name = fingerprint(model)
     return [
         Direction(
@@ -101,7 +109,9 @@ def fit(
                 "alpha": alpha,
                 "sigma": probes[point].sigma,
                 "accuracy": probes[point].accuracy,
+                "log_likelihood": probes[point].log_likelihood,
                 "candidates": len(candidates),
+                "tied_at_cut": tied,
             },
         )
         for point in best
@@ -111,13 +121,14 @@ def fit(
 def head_probe(
     chosen: Tensor, rejected: Tensor, *, direction: How = "mass-mean", seed: int = 0
 ) -> HeadProbe:
-    """θ, σ and validation accuracy from one head's outputs, each [n, d_head].
+    """θ, σ and how the probe does on validation, from one head's outputs, each [n, d_head].
 
     Raises PairsError for fewer than two pairs, or sides with the same mean.
     """
     from sklearn.linear_model import LogisticRegression  # slow to import
 
     both = sides.checked(chosen, rejected, fewest=2)
+    shift = sides.shift(*both)  # a probe of sides that are the same has no direction either
     values = both[0].numpy(), both[1].numpy()
     order = np.random.default_rng(seed).permutation(len(chosen))
     kept = max(1, round(VALIDATION * len(chosen)))
@@ -126,11 +137,17 @@ def head_probe(
         return np.concatenate([side[rows] for side in values]), np.repeat([1, 0], len(rows))
 
     probe = LogisticRegression(max_iter=1000).fit(*labelled(order[kept:]))
-    accuracy = float(probe.score(*labelled(order[:kept])))
-    theta = torch.from_numpy(probe.coef_[0]) if direction == "probe" else sides.shift(*both)
+    x, labels = labelled(order[:kept])
+    logits = probe.decision_function(x) * np.where(labels, 1, -1)
+    theta = torch.from_numpy(probe.coef_[0]) if direction == "probe" else shift
     theta = theta / theta.norm()
     sigma = float((torch.cat(both) @ theta).std(correction=0))
-    return HeadProbe(theta.float(), sigma, accuracy)
+    return HeadProbe(
+        theta.float(),
+        sigma,
+        accuracy=float(probe.score(x, labels)),
+        log_likelihood=-float(np.logaddexp(0, -logits).mean()),
+    )
 
 
 def _heads(model: PreTrainedModel, points: Sequence[HookPoint]) -> list[HookPoint]:

@@ -1,16 +1,26 @@
 """How much likelier a model finds the chosen answer of each pair than the rejected one."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from saesteer.core.model import device_of
+from saesteer.core.model import device_of, special_token_ids
 from saesteer.directions.pairs import Pair
-from saesteer.directions.places import Side, side_tokens
+from saesteer.directions.places import side_tokens
 from saesteer.directions.rows import check_length, padded
 from saesteer.errors import PairsError
+
+
+class Answer(NamedTuple):
+    """One side of a pair as token ids; its answer begins at `start`, and of its tokens those at
+    `counted` are scored: neither special nor the very first of the text."""
+
+    ids: list[int]
+    start: int
+    counted: list[int]
 
 
 def margins(
@@ -22,50 +32,81 @@ def margins(
 ) -> Tensor:
     """m = log p(chosen) − log p(rejected), each the mean over the answer's tokens: [n] float32.
 
-    In nats a token. Edits that are on the model when it is called count, and gradients flow where
-    they are on; call it under `torch.no_grad()` where none are wanted.
+    In nats a token, on the CPU; an answer's special tokens are left out. Edits that are on the
+    model when it is called count, and gradients flow where they are on; call it under
+    `torch.no_grad()` where none are wanted.
 
     Raises:
-        PairsError: an answer without a token that something stands before, or a pair longer than
-            the model's contexts.
+        PairsError: as `answers_of`.
     """
-    sides = [
-        side_tokens(tokenizer, pair.prompt, answer)
-        for pair in pairs
-        for answer in (pair.chosen, pair.rejected)
-    ]
-    for i, side in enumerate(sides):
-        if len(side.ids) <= max(1, side.start):
-            raise PairsError(
-                f"pair {i // 2 + 1}: an answer has no token whose probability could be told; give "
-                "it some text, and a prompt where the tokenizer has no BOS"
-            )
-        check_length(model, side.ids, f"pair {i // 2 + 1}")
+    sides = answers_of(model, tokenizer, pairs)
     # Sequences of one length together, so that little is padded.
     order = sorted(range(len(sides)), key=lambda i: len(sides[i].ids))
     found: list[Tensor] = [torch.empty(0)] * len(sides)
+    device = device_of(model)
     for first in range(0, len(order), batch_size):
         some = order[first : first + batch_size]
-        for i, value in zip(some, _log_probs(model, [sides[i] for i in some]), strict=True):
-            found[i] = value
+        ids, mask = (t.to(device) for t in padded([sides[i].ids for i in some]))
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        scored = predicted([sides[i] for i in some])
+        for i, value in zip(some, answer_log_probs(logits, ids, scored), strict=True):
+            found[i] = value.float()
     if not found:
         return torch.empty(0)
     each = torch.stack(found)
     return each[0::2] - each[1::2]
 
 
-def _log_probs(model: PreTrainedModel, sides: Sequence[Side]) -> Tensor:
-    """Mean log probability of each side's answer tokens: [batch] float32 on the CPU."""
-    ids, mask = padded([side.ids for side in sides])
-    wanted = torch.zeros_like(ids, dtype=torch.bool)
-    for i, side in enumerate(sides):
-        wanted[i, max(1, side.start) : len(side.ids)] = True
-    device = device_of(model)
-    logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-    # Only the answers' rows are made float32: a vocabulary can have 256,000 entries.
-    rows = logits[:, :-1][wanted[:, 1:].to(logits.device)].float()
-    targets = ids[wanted].to(rows.device)
+def answers_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]
+) -> list[Answer]:
+    """The chosen and the rejected side of each pair in turn: 2n.
+
+    Raises:
+        PairsError: an answer without a token that isn't special and that something stands before,
+            or a pair longer than the model's contexts.
+    """
+    special = special_token_ids(model, tokenizer)
+    found = []
+    for i, pair in enumerate(pairs, 1):
+        for text in (pair.chosen, pair.rejected):
+            ids, start = side_tokens(tokenizer, pair.prompt, text)
+            # Nothing comes before the very first token to predict it from.
+            counted = [j for j in range(max(1, start), len(ids)) if ids[j] not in special]
+            if not counted:
+                raise PairsError(
+                    f"pair {i}: {text!r} has no token to predict, special ones left out; give it "
+                    "some text, and a prompt where the tokenizer has no BOS"
+                )
+            check_length(model, ids, f"pair {i}")
+            found.append(Answer(ids, start, counted))
+    return found
+
+
+def predicted(answers: Sequence[Answer]) -> Tensor:
+    """Where the next token is one that is scored: bool [rows, longest − 1]."""
+    here = torch.zeros(len(answers), max(len(one.ids) for one in answers), dtype=torch.bool)
+    for row, one in zip(here, answers, strict=True):
+        row[one.counted] = True
+    return here[:, 1:]
+
+
+def answer_log_probs(logits: Tensor, ids: Tensor, scored: Tensor) -> Tensor:
+    """Mean log probability of each row's scored tokens, in nats: [rows], on the CPU.
+
+    In float32 at least; gradients flow.
+
+    Args:
+        logits: [rows, seq, vocabulary], of ids: int64 [rows, seq].
+        scored: bool [rows, seq − 1], see `predicted`.
+    """
+    scored = scored.to(logits.device)
+    # Only the answers' rows are made wide: a vocabulary can have 256,000 entries.
+    rows = logits[:, :-1][scored]
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    targets = ids[:, 1:].to(logits.device)[scored]
     each = -torch.nn.functional.cross_entropy(rows, targets, reduction="none").cpu()
-    owner = wanted.nonzero()[:, 0]
-    total = torch.zeros(len(sides)).index_add(0, owner, each)
-    return total / wanted.sum(1)
+    scored = scored.cpu()
+    # Added up on the CPU, where the order is always the same.
+    total = each.new_zeros(len(ids)).index_add(0, scored.nonzero()[:, 0], each)
+    return total / scored.sum(1)

@@ -20,7 +20,7 @@ from saesteer.directions.places import side_tokens
 from saesteer.directions.rows import added, check_length, padded
 from saesteer.errors import HookPointError, PairsError
 
-RANDOM = 8
+RANDOM = 20
 """Random vectors that a direction's effect is shown beside."""
 
 
@@ -61,10 +61,11 @@ def fit(
     leaves the target block. Each θ [d] is orthogonal to the ones before at its point. Adam on θ
     alone; after every step θ is put back onto the sphere.
 
-    A direction's provenance has its "effect", the sum above, and "random_effect", its mean over 8
-    random vectors of the same norm. A large ratio says that θ does much, not that what it does is
-    a behaviour the model learnt: `random_init` fits the same on the architecture with random
-    weights, which is the control (the directions have its fingerprint, not the model's).
+    A direction's provenance has its "effect", the sum above, and of `RANDOM` random vectors of the
+    same norm ("n_random" of them) the mean, "random_effect", and the highest, "random_most". A
+    large ratio says that θ does much, not that what it does is a behaviour the model learnt:
+    `random_init` fits the same on the architecture with random weights, which is the control (the
+    directions have its fingerprint, not the model's). A direction's `n_pairs` are its prompts.
 
     Args:
         prompts: texts; nothing is generated. Of those that differ the first `most_prompts` are
@@ -121,6 +122,8 @@ def fit(
                 "target": str(end),
                 "effect": _total(effect, theta),
                 "random_effect": sum(chance) / RANDOM,
+                "random_most": max(chance),
+                "n_random": RANDOM,
                 "random_init": random_init,
             }
             found.append(Direction(theta, point, "melbo", len(rows), "prompt", name, facts))

@@ -127,7 +127,7 @@ _ALL = (
         "refusal",
         "model",
         "set the projection on the mean difference to the chosen side's average",
-        "Arditi et al. 2024, arXiv 2406.11717",
+        "Marshall et al. 2024, arXiv 2411.09003",
     ),
     Method(
         "ablate",
@@ -147,8 +147,8 @@ _ALL = (
         "bias-only",
         "bias_only",
         "model",
-        "one added vector, trained by gradient on the pairs (ReFT-r1, SSV)",
-        "Wu et al. 2025, arXiv 2501.17148",
+        "one vector trained by gradient, like BiPO but without reference model and signs",
+        "Cao et al. 2024, arXiv 2406.00045",
     ),
     Method(
         "random",

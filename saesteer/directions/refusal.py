@@ -1,6 +1,8 @@
-"""Projection to a class's mean along a mean difference, as for refusal (Arditi et al. 2024).
+"""Projection to a class's mean along a mean difference, as for refusal.
 
-arXiv 2406.11717; setting the projection rather than adding: Marshall et al. 2024, arXiv 2411.09003.
+Affine concept editing (Marshall et al. 2024, arXiv 2411.09003) with α = 1; the direction is the
+difference of means that mediates refusal (Arditi et al. 2024, arXiv 2406.11717). These
+compare prompts of two kinds; a pair has one prompt, so here its two answers are compared.
 """
 
 from collections.abc import Sequence
@@ -13,6 +15,7 @@ from saesteer.directions import sides
 from saesteer.directions.answers import answer_activations
 from saesteer.directions.direction import Direction, Use
 from saesteer.directions.pairs import Pair, warn_if_few
+from saesteer.errors import PairsError
 
 
 def fit(
@@ -37,9 +40,16 @@ def fit(
         read, batch_size, cache: see `answers.answer_activations`.
 
     Raises:
-        PairsError: no pairs or one that can't be read, or the same mean on both sides.
+        PairsError: no pairs or one that can't be read, the end of the prompt as the place to
+            read, or the same mean on both sides.
         HookPointError: the model has no such place.
     """
+    if read == "prompt-last":
+        raise PairsError(
+            "read='prompt-last': the two sides of a pair share their prompt, so that its last "
+            "token is the same on both; read answer-mean, answer-last or answer-token, and put "
+            "what tells prompts of two kinds apart into the answers"
+        )
     found = answer_activations(
         model, tokenizer, pairs, points, read=read, batch_size=batch_size, cache=cache
     )

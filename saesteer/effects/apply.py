@@ -64,7 +64,8 @@ def _positions(part: Part) -> Positions:
     # Spans count from BOS on, where there is one.
     at = part.use.position + int(part.provenance.get("bos", 1))
     where = _WHERE[part.use.where]
-    return Positions(where.prompt, where.generated, spans=((at, at + 1),))
+    # A prompt that ends before is left as it is there: its other places are edited all the same.
+    return Positions(where.prompt, where.generated, spans=((at, at + 1),), optional=True)
 
 
 def _projections(

@@ -9,10 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saesteer.core.model import special_token_ids
-from saesteer.directions.answers import side_tokens
+from saesteer.directions.margin import answer_log_probs, answers_of, predicted
 from saesteer.directions.pair_files import records
 from saesteer.directions.pairs import Pair, parse_pairs, problems
-from saesteer.effects.damage import padded
+from saesteer.directions.places import side_tokens
+from saesteer.directions.rows import padded
 from saesteer.errors import PairsError
 
 
@@ -90,49 +91,29 @@ def contrast_batches(
         raise PairsError(f"batch_size {batch_size} is not a whole number from 1 up")
     if corrupt is not None and len(corrupt) != len(pairs):
         raise PairsError(f"{len(corrupt)} corrupt prompts for {len(pairs)} pairs; give one each")
-    special = special_token_ids(model, tokenizer)
-    room = getattr(model.config, "max_position_embeddings", None)
-    rows: list[list[int]] = []
+    sides = answers_of(model, tokenizer, pairs)
     other: list[list[int]] = []
-    starts: list[int] = []
-    for i, pair in enumerate(pairs):
-        for answer in (pair.chosen, pair.rejected):
-            row, start = side_tokens(tokenizer, pair.prompt, answer)
-            # Nothing comes before the very first token to predict it from.
-            if not any(token not in special for token in row[max(start, 1) :]):
+    for i, prompt in enumerate(corrupt or ()):
+        for answer, side in zip((pairs[i].chosen, pairs[i].rejected), sides[2 * i :], strict=False):
+            changed, at = side_tokens(tokenizer, prompt, answer)
+            if at != side.start or len(changed) != len(side.ids):
                 raise PairsError(
-                    f"pair {i + 1}: {answer!r} has no token to predict; give it some text"
+                    f"pair {i + 1}: the prompt has {side.start} tokens and the corrupt prompt "
+                    f"{at}; give one of the same length, so that tokens stand opposite one another"
                 )
-            if isinstance(room, int) and len(row) > room:
-                raise PairsError(
-                    f"pair {i + 1}: {len(row)} tokens, but the model's contexts hold {room}; "
-                    "shorten it or leave it out"
-                )
-            rows.append(row)
-            starts.append(start)
-            if corrupt is not None:
-                changed, at = side_tokens(tokenizer, corrupt[i], answer)
-                if at != start or len(changed) != len(row):
-                    raise PairsError(
-                        f"pair {i + 1}: the prompt has {start} tokens and the corrupt prompt {at}; "
-                        "give one of the same length, so that tokens stand opposite one another"
-                    )
-                other.append(changed)
-    hidden = torch.tensor(sorted(special), dtype=torch.long)
+            other.append(changed)
+    hidden = torch.tensor(sorted(special_token_ids(model, tokenizer)), dtype=torch.long)
+    device = model.device
     found = []
-    for first in range(0, len(rows), 2 * batch_size):
+    for first in range(0, len(sides), 2 * batch_size):
         some = slice(first, first + 2 * batch_size)
-        ids, mask = padded(rows[some])
-        plain = (mask == 1) & ~torch.isin(ids, hidden)
-        places = torch.arange(ids.shape[1])
-        answers = plain & (places >= torch.tensor(starts[some])[:, None])
-        device = model.device
+        ids, mask = padded([side.ids for side in sides[some]])
         found.append(
             Batch(
                 ids.to(device),
                 mask.to(device),
-                plain.to(device),
-                answers[:, 1:].to(device),
+                ((mask == 1) & ~torch.isin(ids, hidden)).to(device),
+                predicted(sides[some]).to(device),
                 padded(other[some])[0].to(device) if other else None,
             )
         )
@@ -140,18 +121,15 @@ def contrast_batches(
 
 
 def margins(model: PreTrainedModel, batch: Batch, ids: Tensor | None = None) -> Tensor:
-    """Mean-token log p(chosen) − log p(rejected) of each pair, in nats: [n].
+    """The margin of each pair, as `directions.margin` has it, in nats a token: [n] on the CPU.
 
-    ids: others of the same shape, such as `batch.corrupt`. Gradients flow, where they are on.
+    In float32 at least. ids: others of the same shape, such as `batch.corrupt`. Gradients flow,
+    where they are on.
     """
     ids = batch.ids if ids is None else ids
     logits = model(input_ids=ids, attention_mask=batch.mask, use_cache=False).logits
-    at = batch.answers
-    log_p = wide(logits[:, :-1][at]).log_softmax(-1)
-    own = log_p.gather(-1, ids[:, 1:][at][:, None])[:, 0]
-    rows = at.nonzero()[:, 0]
-    means = own.new_zeros(len(ids)).index_add(0, rows, own) / at.sum(1)
-    return means[0::2] - means[1::2]
+    each = answer_log_probs(logits, ids, batch.answers)
+    return each[0::2] - each[1::2]
 
 
 def wide(x: Tensor) -> Tensor:

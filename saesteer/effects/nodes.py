@@ -18,7 +18,7 @@ from saesteer.core.model import HookPoint, decoder_layers
 from saesteer.core.sae import Codes, Sae
 from saesteer.directions.heads import all_heads
 from saesteer.effects.contrast import Batch, wide
-from saesteer.errors import ConfigError, did_you_mean
+from saesteer.errors import ConfigError, PairsError, SteeringError, did_you_mean
 
 KINDS = ("blocks", "heads", "mlps")
 At = Mapping[HookPoint, Tensor]
@@ -107,10 +107,18 @@ def mean_baseline(
 def baseline(
     model: PreTrainedModel, batch: Batch, points: Sequence[HookPoint], means: Means | None
 ) -> At | Means:
-    """What nodes are replaced by: the means, or activations at `points` on the corrupt prompts."""
+    """What nodes are replaced by: the means, or activations at `points` on the corrupt prompts.
+
+    Raises:
+        PairsError: there are neither.
+    """
     if means is not None:
         return means
-    assert batch.corrupt is not None
+    if batch.corrupt is None:
+        raise PairsError(
+            "a batch without corrupt prompts, and no means in their place; give contrast_batches "
+            "the corrupt prompts, or take a mean_baseline"
+        )
     return activations(model, points, batch.corrupt, batch.mask)
 
 
@@ -133,10 +141,18 @@ def changes(nodes: Sequence[Node], batch: Batch, own: At, other: At | Means) -> 
 
 
 def feature_change(feature: int, sae: Sae, batch: Batch, own: At, other: At | Means) -> Tensor:
-    """What replacing a feature's activation adds at the SAE's write point, [rows, seq, d_out]."""
+    """What replacing a feature's activation adds at the SAE's write point, [rows, seq, d_out].
+
+    Raises:
+        SteeringError: the means are of nodes alone.
+    """
     x = torch.where(batch.plain[..., None], own[sae.hook_point], 0.0).to(sae.W_enc)
     if isinstance(other, Means):
-        assert other.code is not None
+        if other.code is None:
+            raise SteeringError(
+                f"no mean of feature {feature}: the means were taken without an SAE; give it to "
+                "mean_baseline"
+            )
         new = other.code[feature].to(x)
     else:
         new = sae.activation(other[sae.hook_point].to(sae.W_enc), [feature])

@@ -50,7 +50,8 @@ def steer(
     is what it was.
 
     Each `generate`, and each bare forward pass that begins with an empty cache, is one prompt, and
-    in every row of every prompt each edit must be for at least one token.
+    in every row of every prompt each edit must be for at least one token, but for edits whose
+    positions are optional.
 
     Raises:
         SteeringError: no edits, or one that doesn't fit the model; within the context, a batch of
@@ -180,13 +181,20 @@ def _judge(records: Records, forwards: int) -> None:
                 f"{one.edit} touched nothing: every forward pass stopped before it came there"
             )
         untouched = record.rows_untouched(at)
-        if untouched:
+        if untouched and not one.edit.where.optional:
             prompt, row = untouched[0]
             more = f" (and {len(untouched) - 1} more)" if len(untouched) > 1 else ""
             raise NothingSteeredError(
                 f"{one.edit} touched no token in row {row} of prompt {prompt}{more}: it applies to "
                 f"{one.edit.where}; give that row such a token, or choose other positions"
             )
+    optional = [(one, *known) for one, known in records.items() if one.edit.where.optional]
+    if optional and not any(record.summary(at).n_eligible for _, record, at in optional):
+        raise NothingSteeredError(
+            f"{optional[0][0].edit} touched no token in any row, nor did any other edit whose "
+            f"positions are optional: it applies to {optional[0][0].edit.where}; give a text that "
+            "has such tokens, or choose other positions"
+        )
     for one, (record, at) in records.items():
         bounded = isinstance(one.edit, Clamp) and one.edit.how in ("min", "max")
         if one.edit.when is None and not bounded:

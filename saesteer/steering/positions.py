@@ -29,6 +29,8 @@ class Positions:
         after: only tokens after the first place where the text so far holds this string; `steer`
             then needs a tokenizer. Special tokens are in that text only where the string names one.
         every: only tokens whose number, counted like `spans`, it divides.
+        optional: a row without such a token is no error, unless no optional edit of a context has
+            one in any row.
     """
 
     prompt: bool = True
@@ -39,6 +41,7 @@ class Positions:
     spans: tuple[Span, ...] | None = None
     after: str | None = None
     every: int = 1
+    optional: bool = False
 
     def __post_init__(self) -> None:
         if not (self.prompt or self.generated):

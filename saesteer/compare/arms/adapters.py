@@ -11,13 +11,13 @@ so that a copy costs the memory of its adapters. They need peft and trl: the ext
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from saesteer.compare.arms.prompts import few_shot_prompt, shown
-from saesteer.compare.arms.training import distil, prompted_kl, train_dpo, train_sft
+from saesteer.compare.arms.training import Training, distil, prompted_kl, train_dpo, train_sft
 from saesteer.compare.prepared import (
     Material,
     Prepared,
@@ -52,7 +52,8 @@ def sft_lora(
         SaesteerError: peft and trl aren't installed.
         PairsError: no validation pairs, or a pair longer than the model's contexts.
     """
-    return _tuned_sft("sft-lora", material, material.pairs, steps, batch_size, rank, learning_rates)
+    how = Training(steps, batch_size, rank)
+    return _tuned_sft("sft-lora", material, material.pairs, how, learning_rates)
 
 
 def dpo_lora(
@@ -72,21 +73,12 @@ def dpo_lora(
         SaesteerError: peft and trl aren't installed.
         PairsError: no validation pairs, or a pair longer than the model's contexts.
     """
+    how = Training(steps, batch_size, rank)
 
     def train(learning_rate: float) -> PreTrainedModel:
-        return train_dpo(
-            material.model,
-            material.tokenizer,
-            material.pairs,
-            learning_rate=learning_rate,
-            steps=steps,
-            batch_size=batch_size,
-            rank=rank,
-            beta=beta,
-            seed=material.seed,
-        )
+        return train_dpo(material, how, learning_rate, beta)
 
-    notes = {"steps": steps, "batch_size": batch_size, "rank": rank, "beta": beta}
+    notes = {**asdict(how), "beta": beta}
     return _tuned("dpo-lora", material, material.pairs, train, learning_rates, notes)
 
 
@@ -123,15 +115,9 @@ def sft_augmented(
             f"{len(leaked)} of the further pairs are validation pairs, the first of prompt "
             f"{leaked[0].prompt!r}: take them out"
         )
-    prepared = _tuned_sft(
-        "sft-augmented",
-        material,
-        [*material.pairs, *more],
-        steps,
-        batch_size,
-        rank,
-        learning_rates,
-    )
+    how = Training(steps, batch_size, rank)
+    pairs = [*material.pairs, *more]
+    prepared = _tuned_sft("sft-augmented", material, pairs, how, learning_rates)
     notes = {**prepared.notes, "further_pairs": len(more), "answers_written": written}
     return replace(prepared, notes=notes)
 
@@ -196,6 +182,7 @@ def context_distillation(
         PairsError: no validation pairs, or a prompt that grows longer than the model's contexts.
     """
     arm = "context-distillation"
+    how = Training(steps, batch_size, rank)
     material.need_validation(arm)
     for pairs in (material.pairs, material.validation):
         check_room(Prepared(arm, material.model, transform), material.tokenizer, pairs)
@@ -203,24 +190,12 @@ def context_distillation(
     before = prompted_kl(material.model, material.model, *given)
     tried: list[tuple[float, float, PreTrainedModel]] = []
     for rate in learning_rates[: material.budget]:
-        model = distil(
-            material.model,
-            material.tokenizer,
-            material.pairs,
-            transform,
-            learning_rate=rate,
-            steps=steps,
-            batch_size=batch_size,
-            rank=rank,
-            seed=material.seed,
-        )
+        model = distil(material, transform, how, rate)
         tried.append((prompted_kl(material.model, model, *given), rate, model))
     best = min(tried, key=lambda one: one[0])
     notes = {
+        **asdict(how),
         "trained": True,
-        "steps": steps,
-        "batch_size": batch_size,
-        "rank": rank,
         "learning_rate": best[1],
         "validation_kl_before": before,
         "validation_kl": {str(rate): kl for kl, rate, _ in tried},
@@ -233,25 +208,13 @@ def _tuned_sft(
     arm: str,
     material: Material,
     pairs: Sequence[Pair],
-    steps: int,
-    batch_size: int,
-    rank: int,
+    how: Training,
     learning_rates: Sequence[float],
 ) -> Prepared:
     def train(learning_rate: float) -> PreTrainedModel:
-        return train_sft(
-            material.model,
-            material.tokenizer,
-            pairs,
-            learning_rate=learning_rate,
-            steps=steps,
-            batch_size=batch_size,
-            rank=rank,
-            seed=material.seed,
-        )
+        return train_sft(material, pairs, how, learning_rate)
 
-    notes = {"steps": steps, "batch_size": batch_size, "rank": rank}
-    return _tuned(arm, material, pairs, train, learning_rates, notes)
+    return _tuned(arm, material, pairs, train, learning_rates, asdict(how))
 
 
 def _tuned(

@@ -159,7 +159,8 @@ def sae_ts(
     Args:
         feature: None takes the first candidate, as `sae_add` does.
         n: how many edits the map is fitted on; None: twice as many as the stream has dimensions.
-        size: their length, in units of the mean norm of the stream on the pairs' answers.
+        size: their length, in units of the mean norm of what stands where the SAE writes, over all
+            tokens but the first of the first 32 pairs' prompts with their chosen answers.
         aside: λ, how much of what any edit does is taken out.
 
     Raises:

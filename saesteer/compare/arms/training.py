@@ -7,6 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -15,13 +16,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from saesteer.compare.prepared import PromptTransform, as_it_is
+from saesteer.compare.prepared import Material, PromptTransform, as_it_is
 from saesteer.core.model import device_of
 from saesteer.core.progress import progress
 from saesteer.directions.answers import Side, side_tokens
 from saesteer.directions.pairs import Pair
 from saesteer.effects.damage import kl, padded
 from saesteer.errors import PairsError, SaesteerError
+
+
+@dataclass(frozen=True)
+class Training:
+    """steps: updates; batch_size: rows of each; rank: of the adapters."""
+
+    steps: int
+    batch_size: int
+    rank: int
 
 
 def finetuning() -> tuple[ModuleType, ModuleType]:
@@ -41,17 +51,9 @@ def finetuning() -> tuple[ModuleType, ModuleType]:
 
 
 def train_sft(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[Pair],
-    *,
-    learning_rate: float,
-    steps: int,
-    batch_size: int,
-    rank: int,
-    seed: int,
+    material: Material, pairs: Sequence[Pair], how: Training, learning_rate: float
 ) -> PreTrainedModel:
-    """A copy of the model with adapters trained by trl on the pairs' chosen answers.
+    """A copy of the model with adapters trained by trl on the chosen answers of `pairs`.
 
     Raises:
         SaesteerError: peft and trl aren't installed.
@@ -59,19 +61,18 @@ def train_sft(
     from datasets import Dataset
 
     _, trl = finetuning()
+    model, tokenizer = material.model, material.tokenizer
     rows = []
     for pair in pairs:
         side = side_tokens(tokenizer, pair.prompt, pair.chosen)
         # −100: not predicted. The tokens are those that margins are measured on.
         labels = [-100] * side.start + side.ids[side.start :]
         rows.append({"input_ids": side.ids, "labels": labels})
-    with _training(model, seed), tempfile.TemporaryDirectory() as folder:
-        adapted = _adapted(model, rank)
+    with _training(model, material.seed), tempfile.TemporaryDirectory() as folder:
+        adapted = _adapted(model, how.rank)
         trainer = trl.SFTTrainer(
             adapted,
-            trl.SFTConfig(
-                folder, **_settings(model, learning_rate, steps, batch_size, seed), max_length=None
-            ),
+            trl.SFTConfig(folder, **_settings(material, how, learning_rate)),
             train_dataset=Dataset.from_list(rows),
             processing_class=copy.deepcopy(tokenizer),  # trl gives it a pad token
         )
@@ -79,18 +80,9 @@ def train_sft(
 
 
 def train_dpo(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[Pair],
-    *,
-    learning_rate: float,
-    steps: int,
-    batch_size: int,
-    rank: int,
-    beta: float,
-    seed: int,
+    material: Material, how: Training, learning_rate: float, beta: float
 ) -> PreTrainedModel:
-    """A copy of the model with adapters trained by trl to prefer the chosen answers.
+    """A copy of the model with adapters trained by trl to prefer the pairs' chosen answers.
 
     Raises:
         SaesteerError: peft and trl aren't installed.
@@ -98,6 +90,7 @@ def train_dpo(
     from datasets import Dataset
 
     _, trl = finetuning()
+    model, tokenizer, pairs = material.model, material.tokenizer, material.pairs
     rows = []
     for pair in pairs:
         chosen = side_tokens(tokenizer, pair.prompt, pair.chosen)
@@ -109,18 +102,13 @@ def train_dpo(
                 "rejected_ids": rejected.ids[rejected.start :],
             }
         )
-    with _training(model, seed), tempfile.TemporaryDirectory() as folder:
-        adapted = _adapted(model, rank)
+    with _training(model, material.seed), tempfile.TemporaryDirectory() as folder:
+        adapted = _adapted(model, how.rank)
         text = {"prompt": pairs[0].prompt, "chosen": pairs[0].chosen, "rejected": pairs[0].rejected}
         trainer = trl.DPOTrainer(
             adapted,
             None,  # the reference is the model with its adapters switched off
-            trl.DPOConfig(
-                folder,
-                **_settings(model, learning_rate, steps, batch_size, seed),
-                max_length=None,
-                beta=beta,
-            ),
+            trl.DPOConfig(folder, **_settings(material, how, learning_rate), beta=beta),
             train_dataset=Dataset.from_list([text]),
             processing_class=copy.deepcopy(tokenizer),
         )
@@ -131,31 +119,23 @@ def train_dpo(
 
 
 def distil(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[Pair],
-    transform: PromptTransform,
-    *,
-    learning_rate: float,
-    steps: int,
-    batch_size: int,
-    rank: int,
-    seed: int,
+    material: Material, transform: PromptTransform, how: Training, learning_rate: float
 ) -> PreTrainedModel:
     """A copy of the model with adapters trained to do without the transform what it does with it.
 
     Raises:
         SaesteerError: peft isn't installed. PairsError: an answer without a token.
     """
+    model, tokenizer, pairs = material.model, material.tokenizer, material.pairs
     sides = _both(tokenizer, pairs, transform), _both(tokenizer, pairs, as_it_is)
-    generator = torch.Generator().manual_seed(seed)
-    with _training(model, seed):
-        adapted = _adapted(model, rank)
+    generator = torch.Generator().manual_seed(material.seed)
+    with _training(model, material.seed):
+        adapted = _adapted(model, how.rank)
         trained = [p for p in adapted.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
-        with progress("distil", steps, unit="step") as bar:
-            for _ in range(steps):
-                some = torch.randperm(len(sides[0]), generator=generator)[:batch_size].tolist()
+        with progress("distil", how.steps, unit="step") as bar:
+            for _ in range(how.steps):
+                some = torch.randperm(len(sides[0]), generator=generator)[: how.batch_size].tolist()
                 with torch.no_grad():
                     goal = _predictions(model, [sides[0][i] for i in some])
                 made = _predictions(adapted, [sides[1][i] for i in some])
@@ -248,16 +228,16 @@ def _bare(adapted: Any) -> PreTrainedModel:
     return model.eval()
 
 
-def _settings(
-    model: PreTrainedModel, learning_rate: float, steps: int, batch_size: int, seed: int
-) -> dict[str, Any]:
+def _settings(material: Material, how: Training, learning_rate: float) -> dict[str, Any]:
+    """What trl is told whatever is trained."""
     return {
-        "max_steps": steps,
-        "per_device_train_batch_size": batch_size,
+        "max_steps": how.steps,
+        "per_device_train_batch_size": how.batch_size,
         "learning_rate": learning_rate,
-        "seed": seed,
-        "use_cpu": device_of(model).type == "cpu",
-        "bf16": model.dtype == torch.bfloat16,
+        "seed": material.seed,
+        "max_length": None,
+        "use_cpu": device_of(material.model).type == "cpu",
+        "bf16": material.model.dtype == torch.bfloat16,
         "gradient_checkpointing": False,
         "report_to": "none",
         "save_strategy": "no",
