@@ -40,20 +40,10 @@ def demo(
         seed: Of the stories, the training and the prompts.
         json_: Print one JSON object in place of the report.
     """
-    from saesteer import fitting, stages
     from saesteer.effects import planted
 
     begin = time.monotonic()
-    config = demo_config(run, seed)
-    # Activations rounded from float64, like the training, are the same on every machine.
-    exact = dataclasses.replace(config.model, dtype="float64")
-    trained = Run.create(dataclasses.replace(config, model=exact))
-    write_stories(Path(config.text.source), seed)
-    fitting.train(trained)
-    made = Run(run, config)
-    made.save_config()
-    figures = stages.evaluate(made)
-    stages.index(made)
+    made, figures = make(run, seed)
     report = planted.measure(made.model, made.tokenizer, made.sae, made.index, seed=seed)
     summary = {
         "sae": {
@@ -70,6 +60,23 @@ def demo(
         print(json.dumps(summary))
         return
     print_report(made, summary, report)
+
+
+def make(run: Path, seed: int) -> tuple[Run, dict[str, Any]]:
+    """The demo's run: cached, trained, evaluated (with what that measured) and indexed."""
+    from saesteer import fitting, stages
+
+    config = demo_config(run, seed)
+    # Activations rounded from float64, like the training, are the same on every machine.
+    exact = dataclasses.replace(config.model, dtype="float64")
+    trained = Run.create(dataclasses.replace(config, model=exact))
+    write_stories(Path(config.text.source), seed)
+    fitting.train(trained)
+    made = Run(run, config)
+    made.save_config()
+    figures = stages.evaluate(made)
+    stages.index(made)
+    return made, figures
 
 
 def demo_config(run: Path, seed: int) -> configuration.Config:

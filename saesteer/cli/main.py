@@ -39,6 +39,7 @@ COMMANDS = {
         "generate with features clamped, directions added, projected, turned",
     ),
     "attribute": ("saesteer.cli.attribute", "which parts and features matter for a contrast"),
+    "compare": ("saesteer.cli.compare", "every way to steer on equal terms, with a report"),
     "dose": ("saesteer.cli.dose", "what each strength does and costs, and where a model breaks"),
 }
 

@@ -204,7 +204,7 @@ class Problem:
         if not all(0 <= share <= 1 for share in self.noise):
             raise ConfigError(f"[grid] noise is {list(self.noise)}; shares from 0 to 1")
         for scorer in self.scorers:
-            _one_of("[scoring] scorers", scorer, (*SCORERS, "judge"))
+            _one_of("[scoring] scorers", scorer, (*SCORERS, "classifier", "judge"))
 
 
 # Block of the file → its keys, and the fields they fill. Behaviours, affordances, splits and
@@ -243,7 +243,13 @@ def read(path: str | Path) -> Problem:
     path = Path(path)
     problem = parse(tables.read(path), str(path))
     behaviours = tuple(
-        dataclasses.replace(one, **{k: _beside(path, getattr(one, k)) for k in _FILES})
+        dataclasses.replace(
+            one,
+            pairs=_beside(path, one.pairs),
+            template=_beside(path, one.template),
+            ood=_beside(path, one.ood),
+            prompts=_beside(path, one.prompts),
+        )
         for one in problem.behaviours
     )
     return dataclasses.replace(
@@ -315,8 +321,6 @@ def to_dict(problem: Problem) -> dict[str, Any]:
         values[block] = {key: _listed(getattr(problem, name)) for key, name in fields.items()}
     return values
 
-
-_FILES = ("pairs", "template", "ood", "prompts")
 
 # The fields of a problem that its file gives in blocks, for the checks of their types.
 _Flat = dataclasses.make_dataclass(

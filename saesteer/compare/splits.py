@@ -64,7 +64,14 @@ def split(
     rng = np.random.default_rng([seed, 11])
     ood: list[Item] = []
     if behaviour.ood:
-        other = replace(behaviour, **_as_source(behaviour.ood), ood="")
+        is_template = Path(behaviour.ood).suffix.lower() == ".toml"
+        other = replace(
+            behaviour,
+            template=behaviour.ood if is_template else "",
+            pairs="" if is_template else behaviour.ood,
+            concept="",
+            ood="",
+        )
         found = _items(other, shares.most_test, seed, deployment, tokenizer)
         ood = [replace(item, id=item.id + len(items)) for item in found]
         common = stems_of(item.pair for item in items) & stems_of(item.pair for item in ood)
@@ -138,12 +145,6 @@ def _read(source: str, tokenizer: PreTrainedTokenizerBase | None) -> tuple[dict[
         chat |= any(isinstance(part, list) for part in value.values())
         groups.setdefault(pair, str(value.get(GROUP, pair.prompt)))
     return groups, chat
-
-
-def _as_source(name: str) -> dict[str, str]:
-    """A file of templates or of pairs, as a behaviour names it."""
-    template = Path(name).suffix.lower() == ".toml"
-    return {"template": name if template else "", "pairs": "" if template else name, "concept": ""}
 
 
 def _is_choice(pair: Pair) -> bool:

@@ -1,0 +1,73 @@
+"""What is claimed of a behaviour: arms held against one another, and n*."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from saesteer.compare import statistics
+from saesteer.compare.contenders import CURVE
+from saesteer.compare.ledger import n_star
+from saesteer.compare.resampling import differences
+from saesteer.compare.tested import Floats, Key, Tested
+from saesteer.compare.trial import Trial
+
+LEVEL = 0.05
+"""Of every claim, after its correction."""
+
+
+def comparisons(trial: Trial, gains: Mapping[str, Floats]) -> list[dict[str, Any]]:
+    """The declared family, and every arm held against no edit, each with its own correction."""
+    of = {"none": np.zeros((1, len(trial.items("test")))), **gains}
+    declared = [pair for pair in trial.problem.primary.pairs if set(pair) <= set(of)]
+    others = [(arm, "none") for arm in gains if (arm, "none") not in declared]
+    margin, found = trial.problem.primary.margin, []
+    for pairs in (declared, others):
+        made = [statistics.paired(of[a], of[b], seed=trial.seed) for a, b in pairs]
+        adjusted = statistics.holm([one.p for one in made]).tolist() if made else []
+        for (a, b), one, p_holm in zip(pairs, made, adjusted, strict=True):
+            apart = differences(of[a], of[b])
+            tost = float(statistics.tost(apart, margin, seed=trial.seed))
+            value = one.difference.value
+            verdict = "as good as" if tost < LEVEL else "undecided"
+            if p_holm < LEVEL:
+                verdict = "better" if value > 0 else "worse"
+            found.append(
+                {
+                    "a": a,
+                    "b": b,
+                    "difference": asdict(one.difference),
+                    "p": float(one.p),
+                    "p_holm": float(p_holm),
+                    "tost_p": tost,
+                    "verdict": verdict,
+                    "primary": pairs is declared,
+                }
+            )
+    return found
+
+
+def n_star_of(
+    trial: Trial, tested: Mapping[Key, Tested], headline: Mapping[str, Tested]
+) -> dict[str, Any] | None:
+    """The least n from which on the vector is no worse than the feature by more than the margin.
+
+    The vector is the mean difference. The feature is the arm of features with the highest gain on
+    validation, on the headline's pairs.
+    """
+    delta, margin = trial.problem.delta_ce, trial.problem.primary.margin
+    base = trial.base_margins("test")
+    features = {
+        arm: choice.gain
+        for arm, one in headline.items()
+        if one.tuned.made.contender.kind == "features" and (choice := one.tuned.choices[delta])
+    }
+    curve = {n: one for (arm, n, noise), one in tested.items() if arm == CURVE[0] and not noise}
+    if not features or not curve:
+        return None
+    feature = max(features, key=lambda arm: features[arm])
+    against = headline[feature].gains(delta, base)
+    apart = {n: differences(one.gains(delta, base), against) for n, one in curve.items()}
+    least = n_star(apart, margin, seed=trial.seed)
+    return {"vector": CURVE[0], "feature": feature, "n": least, "margin": margin}

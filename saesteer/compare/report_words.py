@@ -1,0 +1,298 @@
+"""What a comparison found, in words with intervals, and what of it may not be claimed.
+
+Plain text from the result alone; a page or a terminal shows it as it likes.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from saesteer.compare.problem import FEWEST_HEADLINE, Problem
+from saesteer.compare.report_numbers import (
+    UNIT,
+    Result,
+    amount,
+    at,
+    chance,
+    estimate,
+    listed,
+    measured,
+    named,
+    number,
+    origins,
+    plain,
+    share,
+    title,
+)
+from saesteer.compare.statistics import CONCEPTS_FOR_CLAIM
+
+_KINDS = {
+    "features": "the feature arm ", "vector": "the vector ", "prompt": "the prompt ",
+    "trained": "the trained ", "control": "the control ", "none": "",
+}  # fmt: skip
+_OUTCOMES = ("better", "worse", "as good as", "undecided")
+
+
+def verdicts(behaviour: Result, problem: Problem) -> list[str]:
+    """A sentence for each comparison of the primary family."""
+    found = [one for one in behaviour["comparisons"] if one["primary"]]
+    told = [sentence(one, behaviour, problem.primary.margin) for one in found]
+    made = {(one["a"], one["b"]) for one in found}
+    missing = [f"{a} with {b}" for a, b in problem.primary.pairs if (a, b) not in made]
+    if missing:
+        told.append(f"Could not compare {listed(missing)}; see what was not run.")
+    return told
+
+
+def sentence(comparison: Result, behaviour: Result | None, margin: float) -> str:
+    """One comparison in words. behaviour: that its arms belong to, for what kind they are."""
+    first, second = comparison["a"], comparison["b"]
+    difference, verdict = comparison["difference"], comparison["verdict"]
+    if verdict == "worse":  # told from the winner's side
+        first, second = second, first
+        difference = _turned(difference)
+    a, b = (_with_kind(behaviour, name) for name in (first, second))
+    p = comparison.get("p_holm")
+    sure = chance(comparison["p"]) if p is None else f"{chance(p)} after Holm"
+    value = f"{number(difference['value'])} {UNIT}"
+    if verdict in ("better", "worse"):
+        return f"{_upper(a)} beats {b} by {value} ({_interval(difference)}; {sure})."
+    if verdict == "as good as":
+        return (
+            f"{_upper(a)} is as good as {b}, within the margin of {number(margin)} set beforehand: "
+            f"the difference is {value} ({_interval(difference)}; "
+            f"{chance(comparison.get('tost_p'), 'TOST p')})."
+        )
+    return (
+        f"Undecided between {a} and {b}: the difference is {value} ({_interval(difference)}; "
+        f"{sure}). They were neither told apart nor shown to be equal within {number(margin)}."
+    )
+
+
+def how_sure(behaviour: Result) -> str:
+    """What the intervals of the primary comparisons are."""
+    found = [one["difference"] for one in behaviour["comparisons"] if one["primary"]]
+    return f"Intervals of the differences: {origins(found)}." if found else ""
+
+
+def across(result: Result, problem: Problem) -> list[str]:
+    """The primary comparisons over all behaviours; none where there are too few for a claim."""
+    found = result.get("across") or {}
+    if not found or found["n_behaviours"] < CONCEPTS_FOR_CLAIM:
+        return []
+    n, margin = found["n_behaviours"], problem.primary.margin
+    told = [one for one in found["comparisons"] if one["primary"]]
+    return [f"Over {n} behaviours: {sentence(one, None, margin)}" for one in told]
+
+
+def tallies(result: Result, problem: Problem) -> list[str]:
+    """For each pair of the primary family, for how many behaviours it came out how."""
+    lines = []
+    for a, b in problem.primary.pairs:
+        found = [
+            one["verdict"]
+            for behaviour in result["behaviours"]
+            for one in behaviour["comparisons"]
+            if one["primary"] and (one["a"], one["b"]) == (a, b)
+        ]
+        if len(found) > 1:
+            told = [f"{o} for {found.count(o)}" for o in _OUTCOMES if o in found]
+            lines.append(f"{a} against {b}, of {len(found)} behaviours: {listed(told)}.")
+    return lines
+
+
+def costs(behaviour: Result, problem: Problem) -> list[str]:
+    """What each arm of the primary family did and cost at the primary δ."""
+    lines = []
+    for name in dict.fromkeys(name for pair in problem.primary.pairs for name in pair):
+        arm = named(behaviour, name)
+        if arm is None:
+            continue
+        effect = at(arm["effect"], problem.delta_ce)
+        if effect is None:
+            lines.append(f"{name}: no effect was measured at this budget.")
+            continue
+        parts = [
+            f"{name}: gain {estimate(effect)}, ΔCE {number(at(arm['delta_ce'], problem.delta_ce))}"
+        ]
+        slope = (arm.get("slope") or {}).get("alpha_max") or (arm.get("slope") or {}).get("raw")
+        if slope:
+            parts.append(f"{share(slope['anti_steerable'])} of prompts anti-steerable")
+        ledger = arm.get("ledger")
+        if ledger:
+            parts.append(
+                f"made with {amount(ledger['labels'])} labels, {amount(ledger['lm_tokens'])} LM "
+                f"tokens, {amount(ledger['flops'])} FLOPs"
+            )
+        lines.append("; ".join(parts) + ".")
+    return lines
+
+
+def n_star(behaviour: Result) -> str:
+    """From how many pairs on the vector keeps up with the feature."""
+    found = behaviour.get("n_star")
+    if not found:
+        return ""
+    vector, feature, margin = found["vector"], found["feature"], number(found["margin"])
+    if found["n"] is not None:
+        return (
+            f"n* = {found['n']}: from so many pairs on {vector} is no worse than {feature} by more "
+            f"than {margin} {UNIT}."
+        )
+    tried = [one["n"] for one in behaviour["n_curve"] if one["arm"] == vector]
+    up_to = f" up to {max(tried)}" if tried else ""
+    return (
+        f"n* was not reached: at no number of pairs{up_to} was {vector} shown to be no worse than "
+        f"{feature} by more than {margin} {UNIT}."
+    )
+
+
+def k_star(result: Result) -> str:
+    """At how many concepts two arms cost the same, and which is cheaper on either side."""
+    ledger = result.get("ledger") or {}
+    found, curve = ledger.get("k_star"), ledger.get("k_curve") or []
+    if not found or not curve:
+        return ""
+    a, b = found["a"], found["b"]
+    few, many = (_cheaper(point["costs"], a, b) for point in (curve[0], curve[-1]))
+    if found["K"] is not None:
+        told = f"K* = {amount(found['K'])}: at so many concepts {a} and {b} cost the same each."
+        if few and many and few != many:
+            told += f" With fewer {few} is cheaper, with more {many}."
+        return told
+    told = f"There is no K*: {a} and {b} cost the same at no number of concepts."
+    return f"{told} {_upper(few)} is always cheaper." if few and few == many else told
+
+
+def limits(result: Result, problem: Problem) -> list[str]:
+    """What may not be claimed from this comparison, and what to hold against it."""
+    run, behaviours = result["run"], result["behaviours"]
+    lines = [
+        f"It holds for {run['model']}, the deployment format {problem.deployment!r} and the "
+        "templates of the pairs; other models and formats were not measured.",
+        _across(result),
+    ]
+    looks = result["looks_at_test"]
+    if looks > 1:
+        lines.append(
+            f"The test split was looked at {looks} times. No choice was made on it, but the "
+            "intervals and p-values are for one look."
+        )
+    if problem.headline_n < FEWEST_HEADLINE or any(
+        0 < arm["n"] < FEWEST_HEADLINE for one in behaviours for arm in plain(one)
+    ):
+        lines.append(
+            f"Arms made from fewer than {FEWEST_HEADLINE} pairs are about those pairs, not about "
+            "the method."
+        )
+    own: dict[str, list[str]] = {}
+    for behaviour in behaviours:
+        for line in _of_one(behaviour, problem):
+            own.setdefault(line, []).append(behaviour["name"])
+    for line, names in own.items():
+        everywhere = len(names) == len(behaviours)
+        lines.append(line if everywhere else f"{listed(names)}: {line}")
+    return lines
+
+
+def _across(result: Result) -> str:
+    across = result.get("across") or {}
+    n = across.get("n_behaviours", len(result["behaviours"]))
+    if n >= CONCEPTS_FOR_CLAIM:
+        return f"Claims across behaviours rest on {n} of them."
+    note = f" {across['note']}" if across.get("note") else ""
+    return (
+        f"Nothing is claimed across behaviours: there are {n}, and that takes {CONCEPTS_FOR_CLAIM} "
+        f"or more. Each verdict is about its own behaviour.{note}"
+    )
+
+
+def _of_one(behaviour: Result, problem: Problem) -> list[str]:
+    """Limits that one behaviour's arms bring along."""
+    delta, arms = problem.delta_ce, plain(behaviour)
+    active = [arm for arm in arms if arm["kind"] not in ("none", "control")]
+    lines = []
+    if any(one["primary"] and one["verdict"] == "undecided" for one in behaviour["comparisons"]):
+        lines.append("Undecided is not a finding of no difference: the interval says what is left.")
+    controls = [
+        arm["arm"]
+        for arm in arms
+        if arm["kind"] == "control" and _off_zero(at(arm["effect"], delta))
+    ]
+    if controls:
+        lines.append(
+            f"{listed(controls)} moved the margin as well; an effect of that size is no evidence."
+        )
+    none = [arm["arm"] for arm in active if arm["chosen"] and at(arm["chosen"], delta) is None]
+    if none:
+        lines.append(
+            f"No strength of {listed(none)} gained anything within ΔCE ≤ {delta:g} on validation; "
+            "that counts as no edit."
+        )
+    over = [
+        arm["arm"]
+        for arm in active
+        if measured(found := at(arm["delta_ce"], delta)) and found > delta
+    ]
+    if over:
+        lines.append(
+            f"{listed(over)} cost more than {delta:g} on the test text; the budget was kept on "
+            "validation."
+        )
+    short = [
+        arm["arm"] for arm in active if measured(arm["alpha_max"]) and not arm["alpha_max_reached"]
+    ]
+    if short:
+        lines.append(f"{listed(short)} never reached ΔCE = 0.5; the strengths end before it.")
+    looks = {
+        arm["validation_evaluations"]: title(arm, problem)
+        for arm in active
+        if arm["kind"] in ("features", "vector") and arm["chosen"]
+    }
+    if len(looks) > 1:
+        told = [f"{name} {count}" for count, name in sorted(looks.items())]
+        lines.append(f"Validation evaluations were not equal: {listed(told)}.")
+    if not any(measured_estimate(arm.get("ood")) for arm in active):
+        lines.append("Nothing was measured out of distribution.")
+    if not any(arm.get("generation") for arm in active):
+        lines.append("No generated text was scored: the effect is on the likelihood of answers.")
+    return lines
+
+
+def measured_estimate(value: Mapping[str, Any] | None) -> bool:
+    """Whether there is an estimate with a finite value."""
+    return value is not None and measured(value["value"])
+
+
+def _off_zero(value: Mapping[str, Any] | None) -> bool:
+    """Whether an interval leaves out 0."""
+    if value is None or not (measured(value.get("low")) and measured(value.get("high"))):
+        return False
+    return bool(value["low"] > 0 or value["high"] < 0)
+
+
+def _cheaper(prices: Mapping[str, Any], a: str, b: str) -> str:
+    if not (measured(prices.get(a)) and measured(prices.get(b))) or prices[a] == prices[b]:
+        return ""
+    return a if prices[a] < prices[b] else b
+
+
+def _turned(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The estimate of b − a from that of a − b."""
+    ends = [value.get("high"), value.get("low")]
+    low, high = (None if end is None else -end for end in ends)
+    return {**value, "value": -value["value"], "low": low, "high": high}
+
+
+def _interval(value: Mapping[str, Any]) -> str:
+    if not (measured(value.get("low")) and measured(value.get("high"))):
+        return f"no interval, n = {value['n']:,}"
+    return f"interval {number(value['low'])} to {number(value['high'])}, n = {value['n']:,}"
+
+
+def _with_kind(behaviour: Result | None, name: str) -> str:
+    arm = named(behaviour, name) if behaviour is not None else None
+    return f"{_KINDS[arm['kind']]}{name}" if arm is not None else name
+
+
+def _upper(text: str) -> str:
+    return text[:1].upper() + text[1:] if text.startswith("the ") else text
