@@ -29,7 +29,7 @@ def tuned(trial, arm, strength, **setting) -> Tuned:
     made = Made(contender, trial.problem.headline_n if contender.fits else 0)
     choice = None if strength is None else Tried(0, strength, 0.5, 0.1, 0.1)
     choices = dict.fromkeys((0.05, 0.1, 0.25, 0.5), choice)
-    return Tuned(made, (setting,), (None,), (), choices, (), 4, 100, 1.0)
+    return Tuned(made, (setting,), (None,), (), choices, (), 4, 100, 1e9, 1.0)
 
 
 def tunes(trial, **strengths):

@@ -13,7 +13,6 @@ from saesteer.compare.prepared import Prepared, margins_of
 from saesteer.compare.problem import Affordances, Primary, to_dict
 from saesteer.compare.protocol import compare_behaviour
 from saesteer.compare.store import Store
-from saesteer.compare.trial import counting
 from saesteer.core.points import HookPoint
 from saesteer.directions.pairs import Pair
 from saesteer.effects.damage import Reference
@@ -262,15 +261,6 @@ def test_edits_of_the_answer_or_of_the_prompt_alone(tmp_path):
     # By hand: the prompts here all have as many tokens, and come after BOS.
     with pytest.raises(SteeringError, match="neither prompt nor generated"):
         margins("generated", Positions(generated=False))
-
-
-def test_tokens_are_counted_where_they_are_embedded():
-    model = tiny_model()
-    with counting(model) as count:
-        model(torch.ones(3, 7, dtype=torch.long))
-        tiny_model()(torch.ones(1, 5, dtype=torch.long))
-    model(torch.ones(1, 2, dtype=torch.long))
-    assert count[0] == 21
 
 
 def test_layers_are_four_with_the_saes_own_among_them():

@@ -21,9 +21,10 @@ def crossed(
     The arms are those of the primary family.
     """
     tunes = [one.tuned for one in compared]
-    family = dict.fromkeys(arm for pair in trials[0].problem.primary.pairs for arm in pair)
-    ran = [arm for arm in family if any(key[0] == arm for tuned in tunes for key in tuned)]
-    found, not_run = matrix.interactions(trials, tunes)
+    took_part = {arm for tuned in tunes for arm, _, _ in tuned}
+    pairs = [pair for pair in trials[0].problem.primary.pairs if took_part.issuperset(pair)]
+    ran = list(dict.fromkeys(arm for pair in pairs for arm in pair))
+    found, not_run = matrix.interactions(trials, tunes, pairs)
     return matrix.off_target(trials, tunes, ran), found, not_run
 
 

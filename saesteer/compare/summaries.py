@@ -111,7 +111,6 @@ def _entry(trial: Trial, one: Tested) -> dict[str, Any]:
     by_alpha = slopes[0] if slopes else None
     raw = slopes[1] if len(slopes) > 1 else None
     ood_slopes = _slopes(one.ood_slopes) if one.ood_slopes else None
-    tokens = tuned.tokens
     return _shape(contender.arm, contender.kind, made.n, len(at), made.noise) | {
         "failed_draws": sum("failed" in value for value in at if value),
         "chosen": tuning.to_json(tuned.choices, tuned.settings),
@@ -132,8 +131,8 @@ def _entry(trial: Trial, one: Tested) -> dict[str, Any]:
         "validation_evaluations": tuned.evaluations,
         "ledger": {
             "labels": (made.n if contender.fits else 0) + len(trial.items("validation")),
-            "lm_tokens": tokens,
-            "flops": 2.0 * tokens * sum(p.numel() for p in trial.bench.model.parameters()),
+            "lm_tokens": tuned.tokens,
+            "flops": tuned.flops,
             "seconds": tuned.seconds,
         },
     }

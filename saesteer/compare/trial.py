@@ -6,20 +6,17 @@ is there already is neither computed nor made ready again.
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
-from transformers import PreTrainedModel
 
 from saesteer.compare import contenders
 from saesteer.compare.contenders import Contender
 from saesteer.compare.evaluate import Bench
+from saesteer.compare.ledger import counting, parameters_up_to
 from saesteer.compare.prepared import Material, Prepared, noisy
 from saesteer.compare.problem import Behaviour, Problem
 from saesteer.compare.splits import Item, Split, draw
@@ -124,7 +121,7 @@ class Trial:
         return noisy(material, made.noise) if made.noise else material
 
     def facts(self, made: Made, setting: Mapping[str, Any], budget: int = 1) -> dict[str, Any]:
-        """What came of making an arm: "setting", "notes", "tokens", "seconds"; or "failed"."""
+        """What came of making an arm: its setting, notes, tokens, FLOPs, seconds; or "failed"."""
         key = self._key(made, setting, kind="making")
 
         def make() -> dict[str, Any]:
@@ -136,12 +133,13 @@ class Trial:
             except SaesteerError as error:
                 return {"failed": str(error)}
             self._hold(made, setting_then, prepared)
-            read = self.bench.tokens(self.material(made).pairs) if made.contender.fits else 0
+            read, reading = self._reading(made)
             return {
                 "setting": setting_then,
                 "notes": dict(prepared.notes),
                 # Activations that another arm's making has left in the cache count here as well.
-                "tokens": max(count[0], read),
+                "tokens": max(count.tokens, read),
+                "flops": max(count.flops, reading),
                 "seconds": time.perf_counter() - begin,
             }
 
@@ -233,6 +231,18 @@ class Trial:
                 made.contender, setting, material, model_points=self.everywhere, **how
             )
 
+    def _reading(self, made: Made) -> tuple[int, float]:
+        """Tokens and FLOPs of reading both sides of its pairs, up to the last place it may read;
+        of features, also of encoding them."""
+        if not made.contender.fits:
+            return 0, 0.0
+        tokens = self.bench.tokens(self.material(made).pairs)
+        of_features = made.contender.kind == "features" and self.sae is not None
+        points = [self.sae.hook_point] if of_features and self.sae else self.layers
+        up_to = parameters_up_to(self.bench.model, max(points, key=lambda point: point.layer))
+        encoding = self.sae.d_in * self.sae.d_sae if of_features and self.sae else 0
+        return tokens, 2.0 * (up_to + encoding) * tokens
+
     def _longer(self, prepared: Prepared) -> float:
         """Tokens that an arm adds to a prompt, mean over validation items."""
         encode = self.bench.tokenizer.encode
@@ -243,25 +253,3 @@ class Trial:
             if prepared.prompt_transform(item.pair.prompt) != item.pair.prompt
         ]
         return sum(added) / len(added) if added else 0.0
-
-
-@contextmanager
-def counting(model: PreTrainedModel) -> Iterator[list[int]]:
-    """A list whose one entry counts the tokens that go into the model meanwhile.
-
-    Counted where tokens are embedded, so that copies that share its weights count too, and nothing
-    is hooked on the model itself, which would keep its activations out of the cache.
-    """
-    weight = model.get_input_embeddings().weight
-    count = [0]
-
-    def see(module: nn.Module, args: Sequence[Any]) -> None:
-        if getattr(module, "weight", None) is weight and isinstance(module, nn.Embedding):
-            ids = args[0]
-            count[0] += ids.numel() if isinstance(ids, Tensor) else 0
-
-    handle = register_module_forward_pre_hook(see)
-    try:
-        yield count
-    finally:
-        handle.remove()

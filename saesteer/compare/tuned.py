@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from saesteer.compare import contenders, tuning
+from saesteer.compare.ledger import parameters_up_to
 from saesteer.compare.problem import DELTAS
 from saesteer.compare.trial import Made, Trial
 from saesteer.compare.tuning import Ceiling, Tried
@@ -25,7 +26,7 @@ class Tuned:
         choices: by δ; None is no edit.
         dropped: settings that couldn't be made, and why.
         evaluations: spent on validation items, looks that the arm took for itself included.
-        tokens, seconds: spent on making and tuning it.
+        tokens, flops, seconds: spent on making and tuning it.
     """
 
     made: Made
@@ -36,6 +37,7 @@ class Tuned:
     dropped: tuple[str, ...]
     evaluations: int
     tokens: int
+    flops: float
     seconds: float
 
     def dose_setting(self, delta: float) -> int | None:
@@ -83,14 +85,17 @@ def tune(trial: Trial, made: Made, step: Callable[[], object]) -> Tuned:
         raise SaesteerError(dropped[0])
     base = trial.base_margins("validation")
     tried: list[Tried] = []
-    evaluations, tokens, seconds = 0, 0, 0.0
+    evaluations, tokens, flops, seconds = 0, 0, 0.0, 0.0
+    each = 2.0 * parameters_up_to(trial.bench.model)  # FLOPs of a token in a whole pass
     failed = ""
     for i, (found, share) in enumerate(
         zip(facts, tuning.shares(trial.budget, len(facts)), strict=True)
     ):
         looks = int(found["notes"].get("validation_looks", 0))
         evaluations += looks
-        tokens += int(found["tokens"]) + int(found.get("ceiling_tokens", 0))
+        ceiling_tokens = int(found.get("ceiling_tokens", 0))
+        tokens += int(found["tokens"]) + ceiling_tokens
+        flops += float(found["flops"]) + each * ceiling_tokens
         seconds += float(found["seconds"])
         steps: Sequence[tuple[float | None, float]] = [(None, 1.0)]
         if contender.strengths:
@@ -103,6 +108,7 @@ def tune(trial: Trial, made: Made, step: Callable[[], object]) -> Tuned:
                 failed = failed or str(value["failed"])
                 continue
             tokens += int(value["tokens"])
+            flops += each * int(value["tokens"])
             seconds += float(value["seconds"])
             gain = float(np.mean(np.asarray(value["margins"]) - base))
             tried.append(Tried(i, strength, u, gain, float(value["cost"]["delta_ce"])))
@@ -118,6 +124,7 @@ def tune(trial: Trial, made: Made, step: Callable[[], object]) -> Tuned:
         tuple(dropped),
         evaluations,
         tokens,
+        flops,
         seconds,
     )
 
