@@ -43,7 +43,7 @@ def over_behaviours(trials: Sequence[Trial], compared: Sequence[Compared]) -> di
         if all(a in by_arm and b in by_arm for by_arm in gains):
             sides = [np.concatenate([by_arm[arm] for by_arm in gains]) for arm in (a, b)]
             groups = np.concatenate([np.full(len(g[a]), i) for i, g in enumerate(gains)])
-            made.append(statistics.paired(*sides, clusters=groups, seed=seed))
+            made.append(statistics.paired(sides[0], sides[1], clusters=groups, seed=seed))
             pairs.append((a, b, statistics.tost(
                 sides[0] - sides[1], problem.primary.margin, clusters=groups, seed=seed
             )))  # fmt: skip

@@ -13,7 +13,7 @@ from saesteer.compare.prepared import Prepared
 from saesteer.compare.splits import Item
 from saesteer.core.model import device_of, special_token_ids
 from saesteer.directions.answers import side_tokens
-from saesteer.directions.margin import margins
+from saesteer.directions.margin import answers_of, likelihoods
 from saesteer.directions.pairs import Pair
 from saesteer.effects.damage import (
     Cost,
@@ -217,7 +217,8 @@ class Bench:
         pairs = [
             replace(item.pair, prompt=prepared.prompt_transform(item.pair.prompt)) for item in items
         ]
-        found = self._margins(prepared.model, pairs, edits)
+        both = self._likelihoods(prepared.model, pairs, edits)
+        found = both[:, 0] - both[:, 1]
         if not bool(found.isfinite().all()):
             raise SteeringError(
                 f"margins under the arm {prepared.arm!r} at strength {strength:g} are no finite "
@@ -239,20 +240,39 @@ class Bench:
             total += self._lengths[pair]
         return total
 
-    def _margins(
+    @torch.no_grad()
+    def likelihoods(
+        self, prepared: Prepared, strength: float, items: Sequence[Item], *, total: bool = False
+    ) -> Tensor:
+        """Log-likelihoods of the items' chosen and rejected answers under an arm, [n, 2]: nats a
+        token, or of the whole answer where `total`.
+
+        Raises:
+            SteeringError, PairsError: as `evaluate`.
+        """
+        pairs = [
+            replace(item.pair, prompt=prepared.prompt_transform(item.pair.prompt)) for item in items
+        ]
+        both = self._likelihoods(prepared.model, pairs, self.edits(prepared, strength))
+        if not total:
+            return both
+        answers = answers_of(prepared.model, self.tokenizer, pairs)
+        return both * torch.tensor([len(one.counted) for one in answers]).reshape(-1, 2)
+
+    def _likelihoods(
         self, model: PreTrainedModel, pairs: Sequence[Pair], edits: Sequence[Edit]
     ) -> Tensor:
         if not edits or all(e.where.prompt and e.where.generated for e in edits):
             with steer(model, edits, tokenizer=self.tokenizer) if edits else nullcontext():
-                return margins(model, self.tokenizer, pairs)
+                return likelihoods(model, self.tokenizer, pairs)
         # The answer counts as generated. A pass knows one length of prompts, so that pairs go
         # through the model by the length of theirs.
         by_length: dict[int, list[int]] = {}
         for i, pair in enumerate(pairs):
             start = side_tokens(self.tokenizer, pair.prompt, pair.chosen).start
             by_length.setdefault(start, []).append(i)
-        found = torch.empty(len(pairs))
+        found = torch.empty(len(pairs), 2)
         for start, some in by_length.items():
             with steer(model, edits, tokenizer=self.tokenizer, prompt_length=start):
-                found[some] = margins(model, self.tokenizer, [pairs[i] for i in some])
+                found[some] = likelihoods(model, self.tokenizer, [pairs[i] for i in some])
         return found

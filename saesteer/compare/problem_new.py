@@ -56,16 +56,20 @@ def new(answers: Mapping[str, str]) -> Problem:
         ConfigError: an answer that makes no sense.
     """
     source, words = answers["source"], answers["words"].split(",")
-    kind = "pairs"
+    concept = template = pairs = ""
     if source.startswith("concept:"):
-        kind, source = "concept", source.removeprefix("concept:").strip()
+        concept = source.removeprefix("concept:").strip()
     elif Path(source).suffix.lower() == ".toml":
-        kind = "template"
+        template = source
+    else:
+        pairs = source
     behaviour = Behaviour(
         answers["behaviour"],
         query=answers["query"],
         words=tuple(word.strip() for word in words if word.strip()),
-        **{kind: source},
+        pairs=pairs,
+        template=template,
+        concept=concept,
     )
     return Problem(
         behaviours=(behaviour,),

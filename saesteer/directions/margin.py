@@ -39,6 +39,24 @@ def margins(
     Raises:
         PairsError: as `answers_of`.
     """
+    both = likelihoods(model, tokenizer, pairs, batch_size=batch_size)
+    return both[:, 0] - both[:, 1]
+
+
+def likelihoods(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair],
+    *,
+    batch_size: int = 32,
+) -> Tensor:
+    """Mean log probability of each pair's chosen and rejected answer, in nats a token: [n, 2].
+
+    As `margins`, which is their difference.
+
+    Raises:
+        PairsError: as `answers_of`.
+    """
     sides = answers_of(model, tokenizer, pairs)
     # Sequences of one length together, so that little is padded.
     order = sorted(range(len(sides)), key=lambda i: len(sides[i].ids))
@@ -51,10 +69,7 @@ def margins(
         scored = predicted([sides[i] for i in some])
         for i, value in zip(some, answer_log_probs(logits, ids, scored), strict=True):
             found[i] = value.float()
-    if not found:
-        return torch.empty(0)
-    each = torch.stack(found)
-    return each[0::2] - each[1::2]
+    return torch.stack(found).reshape(-1, 2) if found else torch.empty(0, 2)
 
 
 def answers_of(
