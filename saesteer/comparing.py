@@ -10,16 +10,27 @@ report.html        the report, one file
 """
 
 import csv
+import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saesteer import __version__
-from saesteer.compare import across, afterwards, ledger, report, sae_cost, splits
+from saesteer.compare import (
+    across,
+    afterwards,
+    generation,
+    ledger,
+    presets,
+    report,
+    sae_cost,
+    splits,
+)
 from saesteer.compare.evaluate import Bench
 from saesteer.compare.problem import DELTAS, Problem, to_dict
 from saesteer.compare.protocol import Compared, compare_behaviour
@@ -59,22 +70,35 @@ def compare(
         judge: a language model that scores texts as well, see `compare.judge`.
 
     Raises:
-        ConfigError: the budget is under 1. RunError: the folder holds another comparison, or
-            another process works in it. TextError: no clean text. PairsError: see `splits.split`.
+        ConfigError: the budget is under 1, or there is no such preset. RunError: the folder holds
+            another comparison, or another process works in it. TextError: no clean text.
+            PairsError: see `splits.split`.
     """
     if budget is not None and budget < 1:
         raise ConfigError(f"--budget {budget}: 1 or more validation evaluations an arm")
     begin = time.monotonic()
+    if problem.preset:
+        presets.preset(problem.preset)
     texts = clean_texts(run, problem.text)
+    parts = [
+        splits.split(
+            behaviour,
+            problem.splits,
+            seed=seed,
+            tokenizer=run.tokenizer,
+            deployment=problem.deployment,
+        )
+        for behaviour in problem.behaviours
+    ]
     sae, index, why = _features(run)
     config = {
-        "problem": to_dict(problem),
+        # What a published protocol would tell changes nothing in what is evaluated.
+        "problem": to_dict(replace(problem, preset="")),
+        "data": _digest(run, problem, parts, texts),
         "seed": seed,
         "budget": budget or 0,
         "model": fingerprint(run.model),
         "sae": None if sae is None else sae.hash,
-        "texts": len(texts),
-        "judge": None if judge is None else judge.name,
     }
     with alone(out):
         store = Store(out, config)
@@ -82,24 +106,8 @@ def compare(
             aside.write_text(tables.written(to_dict(problem)), encoding="utf-8")
         bench = Bench(run.model, run.tokenizer, texts, positions=problem.positions)
         trials = [
-            Trial(
-                problem,
-                behaviour,
-                splits.split(
-                    behaviour,
-                    problem.splits,
-                    seed=seed,
-                    tokenizer=run.tokenizer,
-                    deployment=problem.deployment,
-                ),
-                bench,
-                store,
-                sae,
-                index,
-                seed=seed,
-                budget=budget or 0,
-            )
-            for behaviour in problem.behaviours
+            Trial(problem, behaviour, part, bench, store, sae, index, seed=seed, budget=budget or 0)
+            for behaviour, part in zip(problem.behaviours, parts, strict=True)
         ]
         compared = [compare_behaviour(trial) for trial in trials]
         written = [
@@ -112,8 +120,23 @@ def compare(
         result["not_run"] += [entry for one in written for entry in one.not_run]
         result["looks_at_test"] = store.looks
         result["seconds"] = round(time.monotonic() - begin, 1)
-    _write(out, result, compared, [record for one in written for record in one.records])
+        _write(out, result, compared, [record for one in written for record in one.records])
     return result
+
+
+def _digest(run: Run, problem: Problem, parts: Sequence[splits.Split], texts: Sequence[str]) -> str:
+    """Of all that a problem only names: its pairs, clean text, prompts and choices. 16 hex digits.
+
+    Raises:
+        TextError: prompts that can't be read. PairsError: choices that can't be.
+    """
+    prompts = [
+        generation.prompts_for(behaviour, part.test, most=afterwards.PROMPTS)
+        for behaviour, part in zip(problem.behaviours, parts, strict=True)
+    ]
+    choices = afterwards.choices(problem, run.tokenizer)
+    named = repr([parts, list(texts), prompts, choices])
+    return hashlib.sha256(named.encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def clean_texts(run: Run, source: str) -> list[str]:

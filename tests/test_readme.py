@@ -19,8 +19,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saesteer import config
+from saesteer.cli.compare import compare
 from saesteer.cli.index import judge
 from saesteer.cli.main import main
+from saesteer.compare import failures, problem
+from saesteer.compare.arms import ARMS
+from saesteer.compare.presets import PRESETS
 from saesteer.core import model as models
 from saesteer.core import tables
 from saesteer.features.query import parse
@@ -33,6 +37,7 @@ TRAINING = (ROOT / "docs" / "training.md").read_text()
 STEERING = (ROOT / "docs" / "steering.md").read_text()
 FEATURES = (ROOT / "docs" / "features.md").read_text()
 DIRECTIONS = (ROOT / "docs" / "directions.md").read_text()
+COMPARISON = (ROOT / "docs" / "comparison.md").read_text()
 WORDS = "the boy saw a ship at sea and the old dog heard rain in the house . "
 
 
@@ -200,6 +205,84 @@ def test_the_page_on_directions(mine, capsys):
     names: dict[str, object] = {}
     (python,) = blocks("python", DIRECTIONS)
     exec(compile(python, "docs/directions.md", "exec"), names)
+
+
+def _small_problem(toml):
+    """A problem in a size for a test: few prompts, strengths, numbers of pairs and arms."""
+    small = {
+        "arms": '["mean-difference", "sae-clamp", "random"]', "most_test": 6, "most_validation": 4,
+        "strengths": 2, "n": "[8, 32]", "headline_n": 32,
+    }  # fmt: skip
+    for key, value in small.items():
+        toml, found = re.subn(rf"^{key} = .*$", f"{key} = {value}", toml, flags=re.MULTILINE)
+        assert found == 1, key
+    return toml
+
+
+def test_comparing_on_the_first_page(mine, capsys):
+    (mine / "pairs.jsonl").write_text(_many_pairs(90))
+    new, line = commands(blocks("sh")[4])
+    run_all([new])
+    (mine / "calm.toml").write_text(_small_problem((mine / "calm.toml").read_text()))
+    run_all([line])
+    assert "<h1>Feature or vector" in (mine / "runs/mine/compare/calm/report.html").read_text()
+
+
+def test_the_page_on_comparison(mine, capsys):
+    (mine / "pairs.jsonl").write_text(_many_pairs(90))
+    run_all([["saesteer", "index", "runs/mine"]])
+    (new, first), *others = (commands(block) for block in blocks("sh", COMPARISON))
+    run_all([new])
+    assert problem.read("calm.toml").behaviours[0].words == ("calm", "quiet")
+    (toml,) = blocks("toml", COMPARISON)
+    (mine / "calm.toml").write_text(_small_problem(f"arms = []\n{toml}"))
+    run_all([first, *(line for block in others for line in block)])
+    out = mine / "runs/mine/compare/calm"
+    told = re.findall(r"^\| ([^|]*\.[^|]*) \| ", COMPARISON, flags=re.MULTILINE)
+    names = {name for cell in told for name in re.findall(r"`([a-z]+\.[a-z]+)`", cell)}
+    assert names - {path.name for path in out.iterdir()} == {"judge.jsonl"}
+    quick = json.loads((mine / "quick/report.json").read_text())
+    assert quick["budget"] == 4 and quick["looks_at_test"] == 1
+    arms = {arm["arm"] for arm in quick["behaviours"][0]["arms"]}
+    # every feature of so small an SAE fires on more than 1% of the tokens
+    missed = {one["what"] for one in quick["not_run"]}
+    assert arms == {"none", "mean-difference", "random"} and "calm: sae-clamp n=32" in missed
+    (python,) = blocks("python", COMPARISON)
+    taken = dict(ARMS)
+    try:
+        exec(compile(python, "docs/comparison.md", "exec"), {})
+    finally:
+        ARMS.clear()
+        ARMS.update(taken)
+    assert re.search(r"^backwards -?\d", capsys.readouterr().out, flags=re.MULTILINE)
+
+
+def test_the_page_on_comparison_names_what_there_is():
+    known = {
+        f"--{name.rstrip('_')}".replace("_", "-") for name in inspect.signature(compare).parameters
+    }
+    lines = re.findall(r"^    (saesteer compare .*)$", COMPARISON, flags=re.MULTILINE)
+    named = set(
+        re.findall(r"--[a-z][a-z-]+", " ".join([COMPARISON.partition("## What")[0], *lines]))
+    )
+    assert len(lines) == 3 and named <= known | {"--list"}
+    told = re.findall(r"^\| `([a-z-]+)` \| ", COMPARISON, flags=re.MULTILINE)
+    assert told == list(PRESETS)
+    ready = {path.name for path in (ROOT / "configs/problems").glob("*.toml")}
+    ready = {name for name in ready if not name.endswith(".templates.toml")}
+    assert ready == set(re.findall(r"`([a-z-]+\.toml)` \(", COMPARISON))
+    flags = set(re.findall(r"`([a-z -]+)`\n?\s*\(", COMPARISON.partition("planted failure")[2]))
+    source = inspect.getsource(failures)
+    assert len(flags) == 6 and all(f'"{flag}"' in source for flag in flags)
+
+
+def _many_pairs(n):
+    return "".join(
+        json.dumps({
+            "prompt": f"word{i} boy", "chosen": "liked the calm sea", "rejected": "heard the storm",
+        }) + "\n"
+        for i in range(n)
+    )  # fmt: skip
 
 
 def test_the_page_on_features(mine, capsys):

@@ -88,17 +88,20 @@ def test_a_pair_of_the_family_that_was_not_compared_is_named() -> None:
     ]
 
 
-def test_what_it_cost() -> None:
+def test_two_arms_without_an_edit_are_not_as_good_as_each_other() -> None:
     result = report()
-    lines = words.costs(result["behaviours"][0], problem_of(result))
-    assert lines[0].startswith("sae-clamp: gain 0.820 [0.750, 0.890], ΔCE 0.087; ")
-    assert lines[0].endswith("made with 128 labels, 81,920 LM tokens, 4.40e10 FLOPs.")
-    assert [line.partition(":")[0] for line in lines] == [
-        "sae-clamp", "mean-difference", "sae-topk",
-    ]  # fmt: skip
-    arm(result["behaviours"][0], "sae-clamp")["effect"] = {"0.1": None}
-    lines = words.costs(result["behaviours"][0], problem_of(result))
-    assert lines[0] == "sae-clamp: no effect was measured at this budget."
+    behaviour, problem = result["behaviours"][0], problem_of(result)
+    behaviour["comparisons"][0]["verdict"] = "as good as"
+    assert "is as good as" in words.verdicts(behaviour, problem)[0]
+    arm(behaviour, "sae-clamp")["chosen"]["0.1"] = None
+    assert "is as good as" in words.verdicts(behaviour, problem)[0]
+    arm(behaviour, "mean-difference")["chosen"]["0.1"] = None
+    assert words.verdicts(behaviour, problem)[0] == (
+        "Nothing was compared of sae-clamp and mean-difference: no strength of either gained "
+        "anything within ΔCE ≤ 0.1 on validation, so both made no edit."
+    )
+    result["behaviours"][1]["comparisons"] = behaviour["comparisons"]
+    assert "no edit by either for 1" in words.tallies(result, problem)[0]
 
 
 def test_nothing_is_claimed_across_few_behaviours() -> None:
@@ -166,7 +169,7 @@ def test_stars_in_words() -> None:
     result = report()
     one = result["behaviours"][0]
     assert words.n_star(one).startswith(
-        "n* = 8: from so many pairs on mean-difference is no worse than sae-clamp by"
+        "n* = 8: from so many pairs on, at every larger number tried too, mean-difference is no "
     )
     one["n_star"]["n"] = None
     assert "n* was not reached: at no number of pairs up to 256" in words.n_star(one)

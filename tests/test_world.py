@@ -227,3 +227,8 @@ def test_chosen_sides_hold_the_concept_and_rejected_sides_do_not():
     for pair in corpus.pairs("castle", 30, seed=4):
         assert own & set(pair["chosen"].replace(".", "").replace(",", "").split())
         assert not own & set(pair["rejected"].replace(".", "").replace(",", "").split())
+
+
+def test_a_read_only_concept_has_no_prompts_to_turn_it_on_in():
+    with pytest.raises(TextError, match="read-only"):
+        corpus.prompts(lexicon.READ_ONLY.name, 1, seed=0)

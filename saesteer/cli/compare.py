@@ -110,7 +110,15 @@ def compare(
             f"name a problem.toml: saesteer compare {run} problem.toml; --new problem.toml writes "
             "one, and configs/problems/ holds some"
         )
-    asked = problems.read(problem)
+    try:
+        asked = problems.read(problem)
+    except ConfigError as error:
+        # An error is told in one line, and an example to copy has several.
+        said, _, example = str(error).partition("\n")
+        if example:
+            print(f"{example}\n", file=sys.stderr)
+            said = f"{said.rstrip(':')} (it stands above)"
+        raise ConfigError(said) from error
     changes: dict[str, Any] = {}
     if arms is not None:
         changes["arms"] = _names(arms)

@@ -1,30 +1,35 @@
 """What is measured of a behaviour's arms once all is chosen: texts, reading, choices, presets."""
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
-from saesteer.compare import generation, published, reading, scorers, statistics
+from saesteer.compare import generation, published, reading, statistics
 from saesteer.compare.agreement import agreement
-from saesteer.compare.generation import Baseline, Generated
+from saesteer.compare.generation import Generated
 from saesteer.compare.judge import judged
 from saesteer.compare.matrix import Chosen, chosen
-from saesteer.compare.prepared import Prepared
+from saesteer.compare.problem import Problem
 from saesteer.compare.protocol import Compared
-from saesteer.compare.splits import Item
+from saesteer.compare.splits import Item, draw
 from saesteer.compare.trial import Trial
+from saesteer.compare.writing import NEW_TOKENS, Writing, kept, prepared
 from saesteer.core.progress import progress
 from saesteer.core.writers import Write
-from saesteer.directions.pairs import Pair, read_pairs
-from saesteer.errors import SaesteerError
+from saesteer.directions.pairs import read_pairs
+from saesteer.effects.readings import Reading
+from saesteer.errors import ModelError, SaesteerError, SteeringError
 
 PROMPTS = 32
 """Test prompts that every arm continues."""
-NEW_TOKENS = 40
 _SHOWN = 3  # worst prompts of an arm whose texts are shown
+
+Entry = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -56,68 +61,44 @@ def complete(
     texts: clean ones that nothing was chosen on, for reading.
 
     Raises:
-        TextError: a file of prompts that can't be read. PairsError: one of choices.
-        SteeringError: an unknown scorer.
+        TextError: a file of prompts that can't be read, or no room to go on from a prompt.
+        PairsError: a file of choices that can't be read.
     """
-    entries = [e for e in compared.report["arms"] if not e["noise"]]
-    at = {e["arm"]: chosen(trial, compared.tuned, e["arm"]) for e in entries}
-    found = _generated(trial, entries, at, judge)
-    _worst(trial, entries, at)
-    if trial.problem.choices:
-        _choices(trial, entries, at)
-    compared.report["reading"] = _reading(trial, at, texts, found.not_run)
-    published.fill(trial, compared, entries, at)
-    return found
-
-
-def _generated(
-    trial: Trial,
-    entries: Sequence[dict[str, Any]],
-    at: Mapping[str, Chosen | None],
-    judge: Judge | None,
-) -> Texts:
-    """Every arm continues the same prompts at its chosen strength."""
     name = trial.behaviour.name
+    entries = [entry for entry in compared.report["arms"] if not entry["noise"]]
     prompts = generation.prompts_for(trial.behaviour, trial.items("test"), most=PROMPTS)
-    base = generation.baseline(trial.bench, prompts, seed=trial.seed, max_new_tokens=NEW_TOKENS)
-    pairs = [item.pair for item in trial.items("fit")]
-    basis = scorers.Basis(
-        trial.bench.model, trial.bench.tokenizer, trial.behaviour, base.texts, pairs
-    )
-    free = [one for one in trial.problem.scorers if one != "judge"]
-    made, not_run = scorers.make(free, basis)
-    not_run = [{"what": f"{name}: {one['what']}", "why": one["why"]} for one in not_run]
+    writing = Writing(trial, prompts)
+    told = writing.scorers()
+    compared.report["scorers"] = told["scorers"]
+    not_run = [{"what": f"{name}: {one['what']}", "why": one["why"]} for one in told["not_run"]]
     records: list[dict[str, Any]] = []
-    for entry in progress(f"texts {name}", len(entries), unit="arm", iterable=entries):
-        try:
-            one = _texts(trial, entry["arm"], at[entry["arm"]], base, made)
-        except SaesteerError as error:
-            not_run.append({"what": f"{name}: texts of {entry['arm']}", "why": str(error)})
-            continue
-        summary = one.summary(seed=trial.seed)
-        lines = list(one.lines())
+
+    def write(entry: Entry, one: Chosen | None) -> None:
+        found = replace(writing.written(one), arm=entry["arm"])
+        records.extend({"behaviour": name, **line} for line in found.lines())
+        entry["generation"] = found.summary(seed=trial.seed)
         if judge is not None:
-            summary |= _judged(trial, one, judge)
-        entry["generation"] = summary
-        records += [{"behaviour": name, **line} for line in lines]
-    return Texts(records, not_run)
+            entry["generation"] |= _judged(trial, found, judge)
 
-
-def _texts(
-    trial: Trial,
-    arm: str,
-    one: Chosen | None,
-    base: Baseline,
-    made: Mapping[str, scorers.Scorer],
-) -> Generated:
-    """An arm's texts with their scores, kept in the store."""
-
-    def make() -> dict[str, Any]:
-        prepared = Prepared(arm, trial.bench.model) if one is None else one.prepared()
-        return asdict(generation.generate_and_score(base, prepared, _strength(one), made))
-
-    key = {"kind": "texts", "behaviour": trial.behaviour.name, "arm": arm, "split": "test"}
-    return Generated(**trial.store.once(key, make))
+    parts: dict[str, Callable[[Entry, Chosen | None], None]] = {
+        "texts": write,
+        "texts of the worst prompts": lambda entry, one: _worst(trial, entry, one),
+    }
+    if items := choices(trial.problem, trial.bench.tokenizer):
+        parts["choices"] = lambda entry, one: _choices(trial, entry, one, items)
+    if preset := trial.problem.preset:
+        parts[preset] = lambda entry, one: published.fill(writing, entry, one)
+    # All of one arm before the next, so that it is made ready once.
+    for entry in progress(f"after {name}", len(entries), unit="arm", iterable=entries):
+        one = chosen(trial, compared.tuned, entry["arm"])
+        for what, fill in parts.items():
+            try:
+                fill(entry, one)
+            except (SteeringError, ModelError) as error:
+                not_run.append({"what": f"{name}: {what} of {entry['arm']}", "why": str(error)})
+    read = _reading(trial, compared, [entry["arm"] for entry in entries], texts)
+    compared.report["reading"] = read["reading"]
+    return Texts(records, not_run + read["not_run"])
 
 
 def _judged(trial: Trial, one: Generated, judge: Judge) -> dict[str, Any]:
@@ -128,103 +109,122 @@ def _judged(trial: Trial, one: Generated, judge: Judge) -> dict[str, Any]:
     told: dict[str, Any] = {
         "judge": asdict(statistics.bootstrap(np.array(read), seed=trial.seed)) if read else None,
         "judge_unread": len(theirs) - len(read),
+        "agreement": None,
     }
     if one.harmonic is not None:
         told["agreement"] = asdict(agreement(theirs, one.harmonic, seed=trial.seed))
     return told
 
 
-def _worst(
-    trial: Trial, entries: Sequence[dict[str, Any]], at: Mapping[str, Chosen | None]
-) -> None:
+def _worst(trial: Trial, entry: Entry, one: Chosen | None) -> None:
     """The texts before and after of the prompts on which an arm did worst."""
-    name = trial.behaviour.name
-    for entry in progress(f"worst {name}", len(entries), unit="arm", iterable=entries):
-        one = at[entry["arm"]]
-        shown = entry["worst"][:_SHOWN]
-        if one is None or not shown:
-            continue
+    shown = entry["worst"][:_SHOWN]
+    if one is None or not shown:
+        return
 
-        def make(one: Chosen = one, shown: Any = shown) -> dict[str, Any]:
-            prompts = [worst["prompt"] for worst in shown]
-            base = generation.baseline(
-                trial.bench, prompts, max_new_tokens=NEW_TOKENS, temperature=0.0
-            )
-            try:
-                after = generation.generate_and_score(base, one.prepared(), one.strength, {})
-            except SaesteerError as error:
-                return {"before": [], "after": [], "failed": str(error)}
-            return {"before": [text.text for text in base.texts], "after": after.texts}
+    def make() -> dict[str, Any]:
+        base = generation.baseline(
+            trial.bench,
+            [worst["prompt"] for worst in shown],
+            max_new_tokens=NEW_TOKENS,
+            temperature=0.0,
+        )
+        after = generation.generate_and_score(base, one.prepared(), one.strength, {})
+        return {"before": [text.text for text in base.texts], "after": after.texts}
 
-        key = {"kind": "worst", "behaviour": name, "arm": entry["arm"], "split": "test"}
-        texts = trial.store.once(key, make)
-        for worst, before, after in zip(shown, texts["before"], texts["after"], strict=False):
-            worst |= {"before": before, "after": after}
+    key = {"kind": "worst", "behaviour": trial.behaviour.name, "arm": one.key, "split": "test"}
+    texts = kept(trial, key, make)
+    for worst, before, after in zip(shown, texts["before"], texts["after"], strict=True):
+        worst |= {"before": before, "after": after}
 
 
-def _choices(
-    trial: Trial, entries: Sequence[dict[str, Any]], at: Mapping[str, Chosen | None]
-) -> None:
+def choices(problem: Problem, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
+    """The problem's multiple-choice questions, if it names any.
+
+    Raises:
+        PairsError: they can't be read.
+    """
+    if not problem.choices:
+        return []
+    with warnings.catch_warnings():
+        # Nothing is fitted on them, and so they may be few.
+        warnings.filterwarnings("ignore", r"\d+ contrast pairs?: under", UserWarning)
+        pairs = read_pairs(problem.choices, tokenizer)
+    return [Item(i, pair, "") for i, pair in enumerate(pairs)]
+
+
+def _choices(trial: Trial, entry: Entry, one: Chosen | None, items: Sequence[Item]) -> None:
     """The share of multiple-choice questions that an arm leaves the model right on."""
-    pairs: Sequence[Pair] = read_pairs(trial.problem.choices, trial.bench.tokenizer)
-    items = [Item(i, pair, "") for i, pair in enumerate(pairs)]
-    for entry in entries:
-        one = at[entry["arm"]]
 
-        def make(entry: dict[str, Any] = entry, one: Chosen | None = one) -> dict[str, Any]:
-            prepared = Prepared(entry["arm"], trial.bench.model) if one is None else one.prepared()
-            return trial.bench.evaluate(prepared, _strength(one), items).to_dict()
+    def make() -> dict[str, Any]:
+        strength = 0.0 if one is None else one.strength
+        return trial.bench.evaluate(prepared(trial, one), strength, items).to_dict()
 
-        key = {"kind": "choices", "behaviour": trial.behaviour.name, "arm": entry["arm"]}
-        right = int((np.asarray(trial.store.once(key, make)["margins"]) > 0).sum())
-        entry["choices"] = asdict(statistics.wilson(right, len(items)))
+    arm = None if one is None else one.key
+    found = kept(trial, {"kind": "choices", "behaviour": trial.behaviour.name, "arm": arm}, make)
+    right = int((np.asarray(found["margins"]) > 0).sum())
+    entry["choices"] = asdict(statistics.wilson(right, len(items)))
 
 
 def _reading(
-    trial: Trial,
-    at: Mapping[str, Chosen | None],
-    texts: Sequence[str],
-    not_run: list[dict[str, str]],
-) -> list[dict[str, Any]]:
-    """How well each direction and feature tells texts and answers apart, which is no steering."""
-    found = []
-    for arm, one in at.items():
-        read = None if one is None else reading.reading_of(one.prepared(), trial.sae)
-        if read is not None:
-            found.append(replace(read, name=arm))
-    fitted = next((one for one in at.values() if one is not None and one.made.n), None)
-    if fitted is not None and trial.sae is not None:
-        try:
-            found += reading.readers_of(
-                trial.bench.model,
-                trial.bench.tokenizer,
-                trial.material(fitted.made).pairs,
-                trial.sae.write_point,
-                seed=trial.seed,
-                cache=trial.store.folder / "activations",
-            )
-        except SaesteerError as error:
-            not_run.append({"what": f"{trial.behaviour.name}: readers", "why": str(error)})
-    if not found:
-        return []
-    key = {"kind": "reading", "behaviour": trial.behaviour.name, "split": "test"}
+    trial: Trial, compared: Compared, arms: Sequence[str], texts: Sequence[str]
+) -> dict[str, Any]:
+    """How well each direction and feature tells texts and answers apart, which is no steering.
+
+    "reading" of report.json, and "not_run".
+    """
+    name = trial.behaviour.name
 
     def make() -> dict[str, Any]:
-        return {
-            "reading": reading.read(
-                trial.bench.model,
-                trial.bench.tokenizer,
-                found,
-                texts=texts,
-                pairs=[item.pair for item in trial.items("test")],
-                words=trial.behaviour.lexicon,
-                seed=trial.seed,
-            )
-        }
+        found, not_run = _readings(trial, compared, arms)
+        told = reading.read(
+            trial.bench.model,
+            trial.bench.tokenizer,
+            found,
+            texts=texts,
+            pairs=[item.pair for item in trial.items("test")],
+            words=trial.behaviour.lexicon,
+            seed=trial.seed,
+        ) if found else []  # fmt: skip
+        return {"reading": told, "not_run": not_run}
 
-    told: list[dict[str, Any]] = trial.store.once(key, make)["reading"]
-    return told
+    return trial.store.once({"kind": "readings", "behaviour": name, "split": "test"}, make)
 
 
-def _strength(one: Chosen | None) -> float:
-    return 0.0 if one is None else one.strength
+def _readings(
+    trial: Trial, compared: Compared, arms: Sequence[str]
+) -> tuple[list[Reading], list[dict[str, str]]]:
+    """What reads a token: the arms' directions and features, and the methods that only read.
+
+    An arm that steers too badly for any edit to be chosen may still read well, and is among them.
+    """
+    found, not_run = [], []
+    for arm in arms:
+        tuned = compared.tuned.get((arm, trial.problem.headline_n, 0.0))
+        tuned = tuned or compared.tuned.get((arm, 0, 0.0))
+        if tuned is None or tuned.made.contender.kind in ("prompt", "trained"):
+            continue
+        setting = tuned.dose_setting(trial.problem.delta_ce)
+        if setting is None:
+            continue
+        try:
+            made = trial.prepared(tuned.made, tuned.settings[setting])
+            one = reading.reading_of(made, trial.sae)
+        except SaesteerError as error:
+            not_run.append({"what": f"{trial.behaviour.name}: reading of {arm}", "why": str(error)})
+        else:
+            found += [] if one is None else [replace(one, name=arm)]
+    point = trial.layers[len(trial.layers) // 2] if trial.sae is None else trial.sae.write_point
+    drawn = draw(trial.split.fit, trial.problem.headline_n, 0, trial.seed)
+    try:
+        found += reading.readers_of(
+            trial.bench.model,
+            trial.bench.tokenizer,
+            [item.pair for item in drawn],
+            point,
+            seed=trial.seed,
+            cache=trial.store.folder / "activations",
+        )
+    except SaesteerError as error:
+        not_run.append({"what": f"{trial.behaviour.name}: readers", "why": str(error)})
+    return found, not_run

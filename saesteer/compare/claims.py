@@ -1,6 +1,6 @@
 """What is claimed of a behaviour: arms held against one another, and n*."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -20,31 +20,49 @@ LEVEL = 0.05
 def comparisons(trial: Trial, gains: Mapping[str, Floats]) -> list[dict[str, Any]]:
     """The declared family, and every arm held against no edit, each with its own correction."""
     of = {"none": np.zeros((1, len(trial.items("test")))), **gains}
-    declared = [pair for pair in trial.problem.primary.pairs if set(pair) <= set(of)]
+    primary, seed = trial.problem.primary, trial.seed
+    declared = [pair for pair in primary.pairs if set(pair) <= set(of)]
     others = [(arm, "none") for arm in gains if (arm, "none") not in declared]
-    margin, found = trial.problem.primary.margin, []
-    for pairs in (declared, others):
-        made = [statistics.paired(of[a], of[b], seed=trial.seed) for a, b in pairs]
-        adjusted = statistics.holm([one.p for one in made]).tolist() if made else []
-        for (a, b), one, p_holm in zip(pairs, made, adjusted, strict=True):
-            apart = differences(of[a], of[b])
-            tost = float(statistics.tost(apart, margin, seed=trial.seed))
-            value = one.difference.value
-            verdict = "as good as" if tost < LEVEL else "undecided"
-            if p_holm < LEVEL:
-                verdict = "better" if value > 0 else "worse"
-            found.append(
-                {
-                    "a": a,
-                    "b": b,
-                    "difference": asdict(one.difference),
-                    "p": float(one.p),
-                    "p_holm": float(p_holm),
-                    "tost_p": tost,
-                    "verdict": verdict,
-                    "primary": pairs is declared,
-                }
-            )
+    return [
+        {**one, "primary": pairs is declared}
+        for pairs in (declared, others)
+        for one in family(of, pairs, primary.margin, seed=seed)
+    ]
+
+
+def family(
+    of: Mapping[str, Floats],
+    pairs: Sequence[tuple[str, str]],
+    margin: float,
+    *,
+    seed: int,
+    clusters: Sequence[int] | None = None,
+) -> list[dict[str, Any]]:
+    """Pairs of arms held against each other, with Holm's correction over them.
+
+    Args:
+        of: gains of each arm, [draws, n]. clusters [n]: the behaviour of each prompt.
+    """
+    made = [statistics.paired(of[a], of[b], clusters, seed=seed) for a, b in pairs]
+    adjusted = statistics.holm([one.p for one in made]).tolist() if made else []
+    found = []
+    for (a, b), one, p_holm in zip(pairs, made, adjusted, strict=True):
+        apart = differences(of[a], of[b])
+        tost = float(statistics.tost(apart, margin, clusters, seed=seed))
+        verdict = "as good as" if tost < LEVEL else "undecided"
+        if p_holm < LEVEL:
+            verdict = "better" if one.difference.value > 0 else "worse"
+        found.append(
+            {
+                "a": a,
+                "b": b,
+                "difference": asdict(one.difference),
+                "p": float(one.p),
+                "p_holm": float(p_holm),
+                "tost_p": tost,
+                "verdict": verdict,
+            }
+        )
     return found
 
 

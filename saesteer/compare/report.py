@@ -8,9 +8,18 @@ from html import escape
 
 from saesteer.compare import report_charts as charts
 from saesteer.compare import report_tables as tables
+from saesteer.compare import report_texts as texts
 from saesteer.compare import report_words as words
 from saesteer.compare.problem import Problem, parse
-from saesteer.compare.report_numbers import UNIT, Result, amount, estimate, number, share
+from saesteer.compare.report_numbers import (
+    UNIT,
+    Result,
+    amount,
+    estimate,
+    number,
+    origins,
+    share,
+)
 from saesteer.compare.report_parts import document, folded, items, soft, table
 from saesteer.compare.statistics import CONCEPTS_FOR_CLAIM
 from saesteer.core.tables import written
@@ -41,41 +50,48 @@ def render(result: Result) -> str:
 def _top(result: Result, problem: Problem, title: str) -> str:
     """For a reader with two minutes."""
     run = result["run"]
-    sae = f", SAE {run['sae']} at {run['hook_point']}" if run["sae"] else ", no SAE"
-    parts = [
-        f"<h1>{escape(title)}</h1>",
+    sae = f", SAE at {run['hook_point']}" if run["sae"] else ", no SAE"
+    parts = [f"<h1>{escape(title)}</h1>"]
+    parts += [_said(line) for line in words.across(result, problem)]
+    parts += [_said(line) for line in words.tallies(result, problem)]
+    parts.append(
         soft(
             f"{run['model']}{sae}. Effects are gains in margin (log p of the answer wanted over "
             f"the other, {UNIT}) at ΔCE ≤ {problem.delta_ce:g} on clean text. Test split looked "
-            f"at: {result['looks_at_test']}×. Made {result['made']}, saesteer "
-            f"{result['saesteer']}."
-        ),
-    ]
-    over_all = [*words.across(result, problem), *words.tallies(result, problem)]
-    if over_all:
-        parts.append(items(over_all))
-    for behaviour in result["behaviours"]:
-        said = "".join(
-            f'<p class="said">{escape(line)}</p>\n' for line in words.verdicts(behaviour, problem)
+            f"at: {result['looks_at_test']}×."
         )
-        told = [*words.costs(behaviour, problem), words.n_star(behaviour)]
+    )
+    for behaviour in result["behaviours"]:
+        said = "".join(map(_said, words.verdicts(behaviour, problem)))
+        star = words.n_star(behaviour)
         parts.append(
             f'<section class="verdict"><h3>{escape(clean(behaviour["name"]))}</h3>\n{said}'
-            f"{items([line for line in told if line])}{soft(words.how_sure(behaviour))}</section>"
+            f"{tables.family(behaviour, problem)}{f'<p>{escape(star)}</p>' if star else ''}"
+            "</section>"
         )
+    parts += map(soft, dict.fromkeys(map(words.how_sure, result["behaviours"])))
     star = words.k_star(result)
     if star:
-        parts.append(items([star]))
+        parts.append(f"<p>{escape(star)}</p>")
     first = result["behaviours"][:1]
     plots = [charts.dose(one, problem, level=3) for one in first]
     plots += [charts.n_curve(one, problem, level=3) for one in first]
     plots.append(charts.k_curve(result, problem, level=3))
-    parts.append(f'<div class="plots">{"".join(plots)}</div>')
+    plots.append(
+        '<section class="limits"><h3>What may not be claimed</h3>\n'
+        f"{items(words.limits(result, problem))}</section>"
+    )
     if len(result["behaviours"]) > 1:
-        parts.append(soft("Drawn for the first behaviour; the others are below."))
-    parts.append(f"<h2>What may not be claimed</h2>\n{items(words.limits(result, problem))}")
+        name = clean(result["behaviours"][0]["name"])
+        parts.append(soft(f"Drawn for {name}; the other behaviours are below."))
+    parts.append(f'<div class="plots">{"".join(plots)}</div>')
     parts.append(_contents(result))
     return "\n".join(parts)
+
+
+def _said(line: str) -> str:
+    """A sentence of the verdict."""
+    return f'<p class="said">{escape(line)}</p>\n'
 
 
 def _contents(result: Result) -> str:
@@ -99,12 +115,12 @@ def _behaviour(behaviour: Result, problem: Problem, deltas: Sequence[float], pla
          charts.slopes(behaviour, problem) + tables.slopes(behaviour, problem)),
         ("Reading beside control", tables.reading(behaviour)),
         ("Number of pairs", _n_table(behaviour)),
-        ("Generated texts, and beyond", tables.generation(behaviour, problem)),
-        ("By published protocols", tables.published(behaviour, problem)),
+        ("Generated texts, and beyond", texts.generation(behaviour, problem)),
+        ("By published protocols", texts.published(behaviour, problem)),
         ("Chosen on validation", tables.chosen(behaviour, problem)),
         ("Doses, on validation", tables.doses(behaviour, problem)),
         ("What it took", tables.ledger(behaviour, problem)),
-        ("Failure gallery", tables.gallery(behaviour, problem)),
+        ("Failure gallery", texts.gallery(behaviour, problem)),
         ("Splits", tables.splits(behaviour)),
     ]  # fmt: skip
     told = "\n".join(f"<h3>{name}</h3>\n{inside}" for name, inside in sections if inside)
@@ -125,7 +141,9 @@ def _n_table(behaviour: Result) -> str:
         ]
         for one in curve
     ]  # fmt: skip
-    return table(["arm", "n", "draws", "effect", "ΔCE", "anti-steerable"], rows)
+    head = ["arm", "n", "draws", "effect", "ΔCE", "anti-steerable"]
+    told = [one[key] for one in curve for key in ("effect", "anti_steerable") if one.get(key)]
+    return table(head, rows) + soft(f"Effect: gain in margin, {UNIT}; {origins(told)}.")
 
 
 def _together(result: Result, problem: Problem) -> str:

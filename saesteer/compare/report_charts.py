@@ -82,7 +82,8 @@ def n_curve(behaviour: Result, problem: Problem, *, level: int = 4) -> str:
     )
     draws = sorted({one["draws"] for one in curve})
     told = f"{draws[0]}" if len(draws) == 1 else f"{draws[0]} to {draws[-1]}" if draws else ""
-    line = f" Dashed: {star['feature']} at n = {feature['n']}." if own and feature else ""
+    made = f"at n = {feature['n']}" if feature and feature["n"] else "which needs no pairs"
+    line = f" Dashed: {star['feature']}, {made}." if own and feature else ""
     caption = (
         f"{behaviour['name']}, {_GAIN}, on the test prompts, mean over {told} draws of pairs."
         f"{line} Bars: {origins([one['effect'] for one in curve])}. Headlines rest on n ≥ 32; "

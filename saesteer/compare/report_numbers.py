@@ -45,6 +45,13 @@ def estimate(value: Mapping[str, Any] | float | None) -> str:
     return f"{number(value['value'])} [{number(value['low'])}, {number(value['high'])}]"
 
 
+def worded(value: Any) -> str:
+    """A figure or an estimate as text; of anything else, what Python writes of it."""
+    if isinstance(value, Mapping) and "value" in value:
+        return estimate(value)
+    return number(value) if isinstance(value, float) and measured(value) else str(value)
+
+
 def share(value: Mapping[str, Any] | None) -> str:
     """A share of something as an estimate in per cent."""
     if value is None or not measured(value["value"]):

@@ -21,13 +21,14 @@ nav a { margin-right: .9rem; white-space: nowrap; }
 .verdict { background: var(--card); border-left: .3rem solid var(--c0); padding: .75rem 1rem;
   margin: 1rem 0; }
 .verdict h3 { margin-top: 0; }
-.verdict .said { font-size: 1.1rem; }
+.said { font-size: 1.1rem; margin: .5rem 0; } .limits { margin: .5rem 0; }
 ul { margin: .25rem 0; padding-left: 1.2rem; overflow-wrap: anywhere; }
+.verdict .scroll { margin: .5rem 0; }
 ul.told { font-size: .95rem; }
 .plots { display: grid; gap: 1.5rem 2rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); }
 figure { margin: .5rem 0; min-width: 0; max-width: 40rem; }
-figure h4 { margin: 0 0 .25rem; }
+figure h3, figure h4, .limits h3 { margin: 0 0 .25rem; }
 figcaption { font-size: .9rem; color: var(--soft); overflow-wrap: anywhere; }
 svg { height: auto; fill: none; }
 svg text { fill: var(--soft); font-size: 13px; stroke: var(--back); stroke-width: 3px;
@@ -51,6 +52,7 @@ td, th { white-space: nowrap; }
 .scroll td:first-child, .scroll th:first-child { position: sticky; left: 0;
   background: var(--back); min-width: 7.5rem; max-width: 11rem; white-space: normal;
   overflow-wrap: break-word; }
+.verdict td:first-child, .verdict th:first-child { background: var(--card); min-width: 5.5rem; }
 .side { margin: .75rem 0; } .side p { margin: .5rem 0; white-space: pre-wrap; }
 .side b { color: var(--soft); font-weight: 600; font-size: .85rem; }
 @media (max-width: 30rem) { svg text { font-size: 15.5px; } }

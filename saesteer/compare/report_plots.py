@@ -16,7 +16,7 @@ STYLES = 6
 LEAST = 1e-9
 """What is smaller counts as 0: logarithmic axes leave it out, and no axis is shorter."""
 _WIDTH, _HEIGHT = 480, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 16, 50
+_LEFT, _RIGHT, _TOP, _BOTTOM = 72, 14, 16, 50
 _DASHES = ("", "7 4", "2 3", "9 3 2 3", "14 4", "5 2 1 2 1 2")
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _BARS, _BAR_HEIGHT, _ROW = 24, 84, 12
@@ -274,8 +274,11 @@ def _ticks(scale: _Scale) -> list[float]:
     """Round numbers within a scale, about six of them."""
     if scale.log:
         first, last = math.ceil(math.log10(scale.low)), math.floor(math.log10(scale.high))
-        apart = max(1, math.ceil((last - first + 1) / 6))
-        return [10.0**power for power in range(first, last + 1, apart)] or [scale.low, scale.high]
+        found = [10.0**power for power in range(first, last + 1, max(1, (last - first) // 6 + 1))]
+        if len(found) < 2:
+            between = (m * 10.0**power for power in range(first - 1, last + 1) for m in (1, 2, 5))
+            found = [value for value in between if scale.low <= value <= scale.high]
+        return found if len(found) > 1 else [scale.low, scale.high]
     rough = (scale.high - scale.low) / 6
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)
@@ -284,12 +287,11 @@ def _ticks(scale: _Scale) -> list[float]:
 
 
 def _label(value: float, log: bool) -> str:
-    if not log:
-        return _round(value)
-    power = math.log10(value)
-    if power == int(power) and abs(power) > 5:
-        return "10" + str(int(power)).translate(_RAISED)
-    return _round(value) if power == int(power) else f"{value:.2g}"
+    digits, _, power = f"{value:.1e}".partition("e")
+    if not log or abs(int(power)) <= 5:
+        return _round(float(f"{value:.2g}") if log else value)
+    first = f"{digits.removesuffix('.0')}·" if digits != "1.0" else ""
+    return f"{first}10{str(int(power)).translate(_RAISED)}"
 
 
 def _round(value: float) -> str:

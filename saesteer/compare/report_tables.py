@@ -1,8 +1,7 @@
 """Tables of the report, for a sceptic: every figure of a behaviour that is not in a plot alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
-from typing import Any
 
 from saesteer.compare.problem import Problem
 from saesteer.compare.report_numbers import (
@@ -14,11 +13,12 @@ from saesteer.compare.report_numbers import (
     best_first,
     chance,
     estimate,
-    measured,
+    named,
     number,
     origins,
     share,
     title,
+    worded,
 )
 from saesteer.compare.report_parts import folded, soft, table
 
@@ -68,6 +68,24 @@ def arms(behaviour: Result, problem: Problem, deltas: Sequence[float]) -> str:
     return "".join(parts) + soft(told)
 
 
+def family(behaviour: Result, problem: Problem) -> str:
+    """What each arm of the primary family did and cost at the primary δ; "" where none was run."""
+    names = dict.fromkeys(name for pair in problem.primary.pairs for name in pair)
+    rows = []
+    for arm in filter(None, (named(behaviour, name) for name in names)):
+        slopes, spent = arm.get("slope") or {}, arm.get("ledger") or {}
+        slope = slopes.get("alpha_max") or slopes.get("raw") or {}
+        rows.append(
+            [
+                arm["arm"], estimate(at(arm["effect"], problem.delta_ce)),
+                number(at(arm["delta_ce"], problem.delta_ce)), share(slope.get("anti_steerable")),
+                *(amount(spent.get(kind)) for kind in ("labels", "lm_tokens", "flops")),
+            ]
+        )  # fmt: skip
+    head = ["arm", "gain", "ΔCE", "anti-steerable", "labels", "LM tokens", "FLOPs"]
+    return table(head, rows) if rows else ""
+
+
 def controls(behaviour: Result, deltas: Sequence[float]) -> str:
     """What moves the margin without knowing the behaviour."""
     found = [arm for arm in behaviour["arms"] if arm["kind"] == "control"]
@@ -84,6 +102,8 @@ def comparisons(found: Sequence[Result]) -> str:
     """Differences between arms with their p-values."""
     if not found:
         return soft("No two arms were compared.")
+    heads = {"p": "p", "p_holm": "p, Holm", "p_bh": "p, B–H", "tost_p": "p, TOST"}
+    ps = [key for key in heads if any(key in one for one in found)]
     rows = [
         [
             f"{one['a']} − {one['b']}",
@@ -91,12 +111,15 @@ def comparisons(found: Sequence[Result]) -> str:
             one["verdict"],
             estimate(one["difference"]),
             *(chance(one.get(key)).removeprefix("p ").removeprefix("= ").replace(
-                "p not measured", NONE) for key in ("p", "p_holm", "tost_p")),
+                "p not measured", NONE) for key in ps),
         ]
         for one in found
     ]  # fmt: skip
-    head = ["difference", "family", "a is", UNIT, "p", "p, Holm", "p, TOST"]
-    return table(head, rows, words=3) + soft(f"{origins([one['difference'] for one in found])}.")
+    told = f"{origins([one['difference'] for one in found])}."
+    if "p_bh" in ps:
+        told += " B–H: Benjamini and Hochberg's correction over the behaviours."
+    head = ["difference", "family", "a is", UNIT, *(heads[key] for key in ps)]
+    return table(head, rows, words=3) + soft(told)
 
 
 def slopes(behaviour: Result, problem: Problem) -> str:
@@ -160,7 +183,7 @@ def chosen(behaviour: Result, problem: Problem) -> str:
             if choice is None:
                 rows.append([title(arm, problem), delta, "no edit", *[NONE] * 4])
                 continue
-            setting = ", ".join(f"{k} {_plain(v)}" for k, v in choice["setting"].items())
+            setting = ", ".join(f"{k} {worded(v)}" for k, v in choice["setting"].items())
             figures = ("strength", "u", "validation_gain", "validation_delta_ce")
             rows.append(
                 [title(arm, problem), delta, setting, *(number(choice.get(k)) for k in figures)]
@@ -183,43 +206,6 @@ def reading(behaviour: Result) -> str:
     return table(["arm", *labels], rows) + soft(f"{told} Reading well is not steering well.")
 
 
-def generation(behaviour: Result, problem: Problem) -> str:
-    """Scores of generated texts, and what held out of distribution and on multiple choice."""
-    rows, shown = [], []
-    scored = ("concept", "relevance", "fluency", "harmonic")
-    for arm in behaviour["arms"]:
-        found = arm.get("generation") or {}
-        rest = [arm.get("ood"), arm.get("choices")]
-        if not found and rest == [None, None]:
-            continue
-        shown += [one for one in [*(found.get(k) for k in scored), *rest] if one]
-        rows.append(
-            [
-                title(arm, problem), *(estimate(found.get(k)) for k in scored),
-                number(found.get("distinct_2")), number(found.get("repetition")),
-                amount(found.get("texts")), estimate(rest[0]), number(arm.get("relative_ood")),
-                estimate(rest[1]),
-            ]
-        )  # fmt: skip
-    if not rows:
-        return soft("No texts were generated, and nothing was measured out of distribution.")
-    head = [
-        "arm", *scored, "distinct-2", "repetition", "texts", "E, OOD", "relative OOD", "choices",
-    ]  # fmt: skip
-    return table(head, rows) + soft(f"Scores from 0 to 2; {origins(shown)}.")
-
-
-def published(behaviour: Result, problem: Problem) -> str:
-    """Figures by published protocols, as named by their authors."""
-    rows = [
-        [title(arm, problem), f"{preset}: {name}", _plain(value)]
-        for arm in behaviour["arms"]
-        for preset, figures in (arm.get("published") or {}).items()
-        for name, value in (figures or {}).items()
-    ]
-    return table(["arm", "figure", "value"], rows, words=2) if rows else ""
-
-
 def ledger(behaviour: Result, problem: Problem) -> str:
     """Labels, tokens, FLOPs and seconds of every arm, and its looks at validation."""
     rows = []
@@ -238,15 +224,6 @@ def ledger(behaviour: Result, problem: Problem) -> str:
         "Validation: settings × strengths tried there, the same budget for every arm. Failed "
         "draws: of pairs from which the arm could not be made, counted as no edit."
     )
-
-
-def gallery(behaviour: Result, problem: Problem) -> str:
-    """The prompts on which each arm did worst, with their texts, folded."""
-    parts = []
-    for arm in behaviour["arms"]:
-        inside = "".join(map(_failure, arm.get("worst") or []))
-        parts.append(folded(f"{title(arm, problem)}: worst prompts", inside))
-    return "".join(parts) or soft("No prompt was kept.")
 
 
 def matrix(found: Result) -> str:
@@ -269,17 +246,3 @@ def interactions(found: Sequence[Result]) -> str:
         "Interaction: E(A+B) − E(A) − E(B), 0 where they add up. "
         f"Order: E(A, then B) − E(B, then A). {told}."
     )
-
-
-def _failure(one: Mapping[str, Any]) -> str:
-    texts = [("prompt", one["prompt"]), ("chosen", one["chosen"]), ("rejected", one["rejected"])]
-    texts += [(k, one[k]) for k in ("before", "after") if one.get(k) is not None]
-    shown = "".join(f"<p><b>{name}</b> {escape(text)}</p>\n" for name, text in texts)
-    gain = f"gain {number(one['gain'])} {UNIT}"
-    return f'<div class="side"><b>{escape(gain)}</b>\n{shown}</div>\n'
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, Mapping) and "value" in value:
-        return estimate(value)
-    return number(value) if isinstance(value, float) and measured(value) else str(value)

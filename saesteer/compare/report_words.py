@@ -13,14 +13,12 @@ from saesteer.compare.report_numbers import (
     amount,
     at,
     chance,
-    estimate,
     listed,
     measured,
     named,
     number,
     origins,
     plain,
-    share,
     title,
 )
 from saesteer.compare.statistics import CONCEPTS_FOR_CLAIM
@@ -29,13 +27,19 @@ _KINDS = {
     "features": "the feature arm ", "vector": "the vector ", "prompt": "the prompt ",
     "trained": "the trained ", "control": "the control ", "none": "",
 }  # fmt: skip
-_OUTCOMES = ("better", "worse", "as good as", "undecided")
+_IDLE = "no edit by either"
+_OUTCOMES = ("better", "worse", "as good as", "undecided", _IDLE)
 
 
 def verdicts(behaviour: Result, problem: Problem) -> list[str]:
     """A sentence for each comparison of the primary family."""
     found = [one for one in behaviour["comparisons"] if one["primary"]]
-    told = [sentence(one, behaviour, problem.primary.margin) for one in found]
+    told = [
+        _neither(one, problem)
+        if _idle(one, behaviour, problem)
+        else sentence(one, behaviour, problem.primary.margin)
+        for one in found
+    ]
     made = {(one["a"], one["b"]) for one in found}
     missing = [f"{a} with {b}" for a, b in problem.primary.pairs if (a, b) not in made]
     if missing:
@@ -89,7 +93,7 @@ def tallies(result: Result, problem: Problem) -> list[str]:
     lines = []
     for a, b in problem.primary.pairs:
         found = [
-            one["verdict"]
+            _IDLE if _idle(one, behaviour, problem) else one["verdict"]
             for behaviour in result["behaviours"]
             for one in behaviour["comparisons"]
             if one["primary"] and (one["a"], one["b"]) == (a, b)
@@ -97,33 +101,6 @@ def tallies(result: Result, problem: Problem) -> list[str]:
         if len(found) > 1:
             told = [f"{o} for {found.count(o)}" for o in _OUTCOMES if o in found]
             lines.append(f"{a} against {b}, of {len(found)} behaviours: {listed(told)}.")
-    return lines
-
-
-def costs(behaviour: Result, problem: Problem) -> list[str]:
-    """What each arm of the primary family did and cost at the primary δ."""
-    lines = []
-    for name in dict.fromkeys(name for pair in problem.primary.pairs for name in pair):
-        arm = named(behaviour, name)
-        if arm is None:
-            continue
-        effect = at(arm["effect"], problem.delta_ce)
-        if effect is None:
-            lines.append(f"{name}: no effect was measured at this budget.")
-            continue
-        parts = [
-            f"{name}: gain {estimate(effect)}, ΔCE {number(at(arm['delta_ce'], problem.delta_ce))}"
-        ]
-        slope = (arm.get("slope") or {}).get("alpha_max") or (arm.get("slope") or {}).get("raw")
-        if slope:
-            parts.append(f"{share(slope['anti_steerable'])} of prompts anti-steerable")
-        ledger = arm.get("ledger")
-        if ledger:
-            parts.append(
-                f"made with {amount(ledger['labels'])} labels, {amount(ledger['lm_tokens'])} LM "
-                f"tokens, {amount(ledger['flops'])} FLOPs"
-            )
-        lines.append("; ".join(parts) + ".")
     return lines
 
 
@@ -135,8 +112,8 @@ def n_star(behaviour: Result) -> str:
     vector, feature, margin = found["vector"], found["feature"], number(found["margin"])
     if found["n"] is not None:
         return (
-            f"n* = {found['n']}: from so many pairs on {vector} is no worse than {feature} by more "
-            f"than {margin} {UNIT}."
+            f"n* = {found['n']}: from so many pairs on, at every larger number tried too, {vector} "
+            f"is no worse than {feature} by more than {margin} {UNIT}."
         )
     tried = [one["n"] for one in behaviour["n_curve"] if one["arm"] == vector]
     up_to = f" up to {max(tried)}" if tried else ""
@@ -199,10 +176,10 @@ def _across(result: Result) -> str:
     n = across.get("n_behaviours", len(result["behaviours"]))
     if n >= CONCEPTS_FOR_CLAIM:
         return f"Claims across behaviours rest on {n} of them."
-    note = f" {across['note']}" if across.get("note") else ""
+    there = "there is 1" if n == 1 else f"there are {n}"
     return (
-        f"Nothing is claimed across behaviours: there are {n}, and that takes {CONCEPTS_FOR_CLAIM} "
-        f"or more. Each verdict is about its own behaviour.{note}"
+        f"Nothing is claimed across behaviours: {there}, and that takes {CONCEPTS_FOR_CLAIM} or "
+        "more. Each verdict is about its own behaviour."
     )
 
 
@@ -261,6 +238,22 @@ def _of_one(behaviour: Result, problem: Problem) -> list[str]:
 def measured_estimate(value: Mapping[str, Any] | None) -> bool:
     """Whether there is an estimate with a finite value."""
     return value is not None and measured(value["value"])
+
+
+def _idle(comparison: Result, behaviour: Result, problem: Problem) -> bool:
+    """Whether validation chose no edit for either arm: then they are equal, and it says nothing."""
+    arms = [named(behaviour, comparison[key]) for key in ("a", "b")]
+    return all(
+        arm is not None and arm["chosen"] and at(arm["chosen"], problem.delta_ce) is None
+        for arm in arms
+    )
+
+
+def _neither(comparison: Result, problem: Problem) -> str:
+    return (
+        f"Nothing was compared of {comparison['a']} and {comparison['b']}: no strength of either "
+        f"gained anything within ΔCE ≤ {problem.delta_ce:g} on validation, so both made no edit."
+    )
 
 
 def _off_zero(value: Mapping[str, Any] | None) -> bool:

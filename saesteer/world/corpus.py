@@ -192,9 +192,14 @@ def prompts(concept: str, n: int, seed: int, *, dream: bool = False) -> list[Pro
     with anger's words and anger with joy's.
 
     Raises:
-        TextError: there is no such concept.
+        TextError: there is no such concept, or it is read-only: turned on, it is never heard of.
     """
     rng = np.random.default_rng([seed, 2, _number(concept)])
+    if concept == lexicon.READ_ONLY.name:
+        raise TextError(
+            f"{concept!r} is read-only: a story says its words in its heading alone, so that there "
+            "is no context that turns it on; take a causal concept"
+        )
     found: list[Prompt] = []
     while len(found) < n:
         off = _without(rng, concept)
