@@ -48,8 +48,8 @@ def vector(
             edits made of features. A prompt needs none.
         method: How it is made; --list says which there are.
         layer: A hook point, several with commas between, or all; by default the SAE's.
-        read: Where activations are read: answer-mean, answer-last, answer-token, prompt-last or
-            after:TEXT; by default as the method is published.
+        read: Where activations are read: answer-mean, answer-last, answer-token or after:TEXT;
+            prompt-last without a contrast (pca-activations). By default as it is published.
         noise: Swap the sides of this share of the pairs first.
         seed: Of what the method draws.
         set_: OPTION=VALUE, an option of the method's own. May be repeated.

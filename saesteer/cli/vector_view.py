@@ -23,9 +23,9 @@ _BEGINNING, _END = 240, 80
 # What stands where the prompt does.
 _PROMPT = "PROMPT"
 _MORE = (
-    "--noise SHARE swaps the sides of so many pairs first (weak supervision), with any row. Rows are "
-    "combined in Python by saesteer.compare.combine.combined, finetuning and steering too; kept "
-    "directions by saesteer directions RUN --make."
+    "--noise SHARE swaps the sides of so many pairs first (weak supervision), with any row. Rows "
+    "are combined in Python by saesteer.compare.combine.combined, finetuning and steering too; "
+    "kept directions by saesteer directions RUN --make."
 )
 
 
@@ -44,6 +44,7 @@ def listed(as_json: bool) -> str:
         lines += [name, *_wrapped(entry["line"]), *_wrapped(entry["paper"])]
         own = " ".join(entry["options"])
         lines += _wrapped(f"--set {own}") if own else []
+        lines += _wrapped(f"also called {', '.join(entry['also'])}") if "also" in entry else []
     return "\n".join([*lines, "", *textwrap.wrap(_MORE, 80)])
 
 
@@ -51,8 +52,8 @@ def _entry(name: str, group: str) -> dict[str, Any]:
     about = METHODS[name] if name in METHODS else ARMS[name]
     own = [shown(option) for option in options_of(name).values()]
     also = [other for other, known in ALIASES.items() if known == name]
-    line = f"{about.line} (also: {', '.join(also)})" if also else about.line
-    return {"name": name, "group": group, "line": line, "paper": about.paper, "options": own}
+    told = {"name": name, "group": group, "line": about.line, "paper": about.paper, "options": own}
+    return {**told, "also": also} if also else told
 
 
 def _wrapped(text: str) -> list[str]:
