@@ -8,6 +8,7 @@ the names of `directions.methods` are fitted by `saesteer.vectors`; here they ar
 import copy
 import inspect
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from saesteer.compare.arms import ARMS, arm
 from saesteer.compare.arms.training import finetuning
 from saesteer.compare.held_out import check_apart, hold_out
 from saesteer.compare.prepared import Material, Prepared, margins_of, noisy
+from saesteer.core.clock import SteeringWarning
 from saesteer.core.model import fingerprint
 from saesteer.directions.direction import Part
 from saesteer.directions.methods import METHODS
@@ -29,7 +31,7 @@ from saesteer.effects import apply
 from saesteer.errors import ConfigError, RunError, did_you_mean
 from saesteer.run import Run
 from saesteer.steering.artifact import save_edits
-from saesteer.vectors import EVERY, OF_ALL_BLOCKS, points_of
+from saesteer.vectors import EVERY, OF_ALL_BLOCKS, check_noise, points_of
 
 Group = Literal["directions", "readers", "features of the SAE", "prompts", "trained"]
 # What a method's function takes that is no option of its own; an arm's takes the material.
@@ -141,7 +143,7 @@ def check_asked(
         return
     if name is None:
         raise ConfigError(f"what {method} makes is kept by name; give one with --name NAME")
-    named.edits_path(run, name)
+    named.checked(name, f"what {method} makes")
 
 
 def make(
@@ -171,7 +173,8 @@ def make(
         options: the arm's own, as values.
 
     Raises:
-        ConfigError: no such arm or option, an option missing, or no name for what is kept.
+        ConfigError: no such arm or option, an option missing, no name for what is kept, or noise
+            for what has no sides.
         PairsError: too few pairs, or some of them in `validation` as well.
         SaeError, IndexingError: an arm of features, and no SAE or index of it in the run.
         SaesteerError: an arm that trains, without the extra that it needs. RunError: no name of a
@@ -179,6 +182,7 @@ def make(
     """
     given = dict(options or {})
     chosen, of = arm(method), given.get("of", method)
+    check_noise(of, noise)
     check_asked(run, method, name, given, layers=layers, read=read)
     if validation is None:
         fitted, held = hold_out(pairs, seed)
@@ -202,17 +206,30 @@ def make(
         about = {"method": method, "n_pairs": len(fitted), "notes": dict(prepared.notes)}
         save_edits(kept, prepared.edits(1.0), run.model, provenance=about)
     elif name is not None and chosen.makes == "model":
-        kept = run.path / "steers" / name
+        kept = named.adapter_path(run, name)
         save_adapter(kept, prepared.model)
     return Armed(method, prepared, len(fitted), margins, kept)
 
 
 def measured(run: Run, prepared: Prepared, validation: Sequence[Pair]) -> Margins:
-    """What an arm does at strength 1 to the margins of pairs."""
+    """What an arm does at strength 1 to the margins of pairs.
+
+    Pairs go in several passes; of the warnings that edits did nothing the first is given, with the
+    number of those like it.
+    """
     plain = Prepared("without", run.model)
-    without, under = (
-        float(margins_of(one, run.tokenizer, validation).mean()) for one in (plain, prepared)
-    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        without, under = (
+            float(margins_of(one, run.tokenizer, validation).mean()) for one in (plain, prepared)
+        )
+    idle = [one for one in caught if issubclass(one.category, SteeringWarning)]
+    for one in caught:
+        if one not in idle:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    if idle:
+        more = f" (on held-out pairs; {len(idle) - 1} more like it)" if len(idle) > 1 else ""
+        warnings.warn(f"{idle[0].message}{more}", SteeringWarning, stacklevel=2)
     return Margins(len(validation), without, under)
 
 

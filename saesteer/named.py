@@ -28,6 +28,7 @@ Name = int | str
 
 _SUFFIX = ".steer.safetensors"
 _FOREIGN = (".gguf", ".pt", ".pth")
+_NAME = re.compile(r"[\w-]+")
 _ANGLE = re.compile(r"(to)?\s*([-+]?[0-9.]+(?:e[-+]?[0-9]+)?)\s*(deg)?", re.IGNORECASE)
 
 
@@ -131,8 +132,11 @@ def load_parts(run: "Run", name: str, *, force: bool = False) -> "list[Part]":
     if path.suffix != ".safetensors":
         if path.name != name:
             raise RunError(f"no vector {name!r}; give a name, or the .safetensors file of a vector")
-        path, here = vector_path(run, name), f"{run.path} has "
+        path, here = _file(run, name), f"{run.path} has "
     if not path.is_file():
+        _refuse_adapter(run, name)
+        if here and _file(run, name, _SUFFIX).is_file():
+            raise RunError(f"{name} is edits, and no vector: --load {name}")
         known = sorted(
             p.stem for p in (run.path / "steers").glob("*.safetensors") if "." not in p.stem
         )
@@ -145,10 +149,58 @@ def load_parts(run: "Run", name: str, *, force: bool = False) -> "list[Part]":
 
 
 def vector_path(run: "Run", name: str) -> Path:
-    """Where the direction of that name is kept. RunError where it cannot be a file's name."""
-    if not name or Path(name).name != name or name.startswith("."):
-        raise RunError(f"{name!r} is not a name for a vector; use letters, digits and dashes")
-    return run.path / "steers" / f"{name}.safetensors"
+    """Where the direction of that name is to be kept. RunError where it is no name."""
+    return _file(run, checked(name, "a vector"))
+
+
+def edits_path(run: "Run", name: str) -> Path:
+    """Where edits of that name are to be kept. RunError where it is no name."""
+    return _file(run, checked(name, "edits"), _SUFFIX)
+
+
+def adapter_path(run: "Run", name: str) -> Path:
+    """The folder where the adapter of that name is to be kept. RunError where it is no name."""
+    return _file(run, checked(name, "an adapter"), "")
+
+
+def checked(name: str, what: str) -> str:
+    """A name for what is kept in RUN/steers.
+
+    Without dots, by which the files of vectors, edits and everything else there differ.
+
+    Raises:
+        RunError: it has other characters than letters, digits, dashes and underscores, or none.
+    """
+    if not _NAME.fullmatch(name):
+        raise RunError(
+            f"{name!r} is not a name for {what}; use letters, digits, dashes and underscores"
+        )
+    return name
+
+
+def _file(run: "Run", name: str, suffix: str = ".safetensors") -> Path:
+    """The file of a name, also of one with dots, which older versions took."""
+    return run.path / "steers" / f"{name}{suffix}"
+
+
+def in_python(run: Path, adapter: Path) -> str:
+    """The lines of Python that generate with an adapter."""
+    return (
+        "import peft, saesteer; from saesteer.core.generate import write; "
+        f'run = saesteer.Run.open("{run}"); '
+        f'model = peft.PeftModel.from_pretrained(run.model, "{adapter}").eval(); '
+        'print(write(model, run.tokenizer, ["…"])[0].text)'
+    )
+
+
+def _refuse_adapter(run: "Run", name: str) -> None:
+    """RunError where the name, or folder, is that of an adapter: how that is used."""
+    for folder in (_file(run, name, ""), Path(name)):
+        if (folder / "adapter_config.json").is_file():
+            raise RunError(
+                f"{name} is an adapter, of which no edits are made; with peft (pip install "
+                f"'saesteer[finetune]'), in Python: {in_python(run.path, folder)}"
+            )
 
 
 def load_edits(run: "Run", name: str | Path, *, force: bool = False) -> "list[Edit]":
@@ -158,14 +210,15 @@ def load_edits(run: "Run", name: str | Path, *, force: bool = False) -> "list[Ed
 
     path = Path(name)
     if path.suffix not in (".safetensors", *_FOREIGN) and not path.is_file():
+        _refuse_adapter(run, str(name))
         if path.name != str(name):
             raise RunError(f"no edits {name}; give a name, or a .safetensors, .gguf or .pt file")
-        path = edits_path(run, str(name))
+        path = _file(run, str(name), _SUFFIX)
     if not path.is_file():
         keeps = ", ".join(
             sorted(p.name.removesuffix(_SUFFIX) for p in (run.path / "steers").glob(f"*{_SUFFIX}"))
         )
-        vector = (run.path / "steers" / f"{name}.safetensors").is_file()
+        vector = _file(run, str(name)).is_file()
         raise RunError(
             f"no edits at {path}; {run.path} keeps {keeps or 'none'}; "
             + (f"{name} is a vector: --vector {name}=1" if vector else "save some with --save NAME")
@@ -177,13 +230,6 @@ def load_edits(run: "Run", name: str | Path, *, force: bool = False) -> "list[Ed
     hashes = {sae["hash"] for sae in read_document(path)["saes"]}
     ours = bool(hashes) and run.sae.hash in hashes
     return load_edits(path, run.model, sae=run.sae if ours else None, force=force)
-
-
-def edits_path(run: "Run", name: str) -> Path:
-    """Where edits of that name are kept. RunError where it cannot be a file's name."""
-    if not name or Path(name).name != name or name.startswith("."):
-        raise RunError(f"{name!r} is not a name for edits; use letters, digits and dashes")
-    return run.path / "steers" / f"{name}{_SUFFIX}"
 
 
 def _projection(run: "Run", name: Name, value: Strength, force: bool) -> float:

@@ -11,6 +11,7 @@ from saesteer.core.model import HookPoint
 from saesteer.directions.answers import answer_activations
 from saesteer.directions.direction import Direction, Part
 from saesteer.directions.fitting import Reader, fit_method, fit_reader
+from saesteer.directions.groups import groups_of
 from saesteer.directions.kept import save_parts
 from saesteer.directions.methods import ALTERNATIVES, METHODS
 from saesteer.directions.methods import method as known_method
@@ -71,11 +72,13 @@ def fit(
         read, seed, noise, options: as of `directions.fitting.fit_method`.
 
     Raises:
-        ConfigError: a method or option that there isn't, or a method that only reads.
+        ConfigError: a method or option that there isn't, a method that only reads, or noise for
+            one without sides.
         PairsError, HookPointError: as of `fit_method`. RunError: no name of a file.
     """
     chosen = known_method(method)
     run.vector_path(name)  # a wrong name is told before the work
+    check_noise(method, noise)
     if method == "act-add" and layers is None:  # it is published for what enters a block
         layers = f"layers.{run.hook_point.layer + 1}.resid_pre"
     if method in OF_ALL_BLOCKS and layers is None:
@@ -118,6 +121,15 @@ def fit(
         save_parts(path, parts)
         kept.append(Kept(own, parts, path))
     return kept
+
+
+def check_noise(method: str, noise: float) -> None:
+    """ConfigError where sides are to be swapped for a method that sees prompts alone."""
+    if method == "melbo" and noise:
+        raise ConfigError(
+            f"noise={noise:g} swaps the sides of pairs, and melbo sees their prompts alone, which "
+            "have none; leave the noise out"
+        )
 
 
 def read_with(
@@ -172,6 +184,7 @@ def diagnose(run: Run, pairs: tuple[Pair, ...], direction: Direction) -> Diagnos
         run.model,
         run.tokenizer,
         fit=again,
+        groups=groups_of(pairs),
         text=text,
         sae=run.sae if here and run.sae.write_point == direction.point else None,
     )

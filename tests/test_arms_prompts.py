@@ -24,6 +24,7 @@ from saesteer.directions.pairs import Pair
 from saesteer.errors import PairsError, SteeringError
 from saesteer.steering.edits import Add, Clamp, Project
 from tests.some_material import some_pairs
+from tests.some_pairs import planted_pairs
 from tests.tiny import WIDTH, tiny_model, tiny_sae, tiny_tokenizer
 
 POINT = HookPoint(1, "resid_post")
@@ -53,6 +54,15 @@ def test_the_templates():
         "Will it? Good response:"
     )
     assert opened_with("Be kind.")("Will it?") == "Be kind. Will it?"
+
+
+def test_an_answer_without_a_space_is_not_run_into_its_prompt():
+    story = Pair("in the road.", "At the sea", "By")
+    assert few_shot_prompt([story])("Then") == "in the road. At the sea\n\nThen"
+    told = [Pair("", "At", "By"), Pair("to ", "sea", "road"), Pair("Q:\n", "sea", "road")]
+    assert few_shot_prompt(told)("Then") == "At\n\nto sea\n\nQ:\nsea\n\nThen"
+    (pair,) = planted_pairs("sea", 1)
+    assert f"{pair.prompt} {pair.chosen}\n\n" in few_shot_prompt([pair])("Then")
 
 
 def test_labels_swapped_show_the_other_answers():

@@ -297,3 +297,23 @@ def test_reading_contrasts(tmp_path):
         write(a | {"corrupt": "the sun"}, b)
     with pytest.raises(PairsError, match="line 1: 'corrupt' is no text"):
         write(a | {"corrupt": 3})
+
+
+def test_measured_effects_come_first_and_wrong_attributions_are_marked():
+    def one(layer, told, found):
+        node = Node("mlp", HookPoint(layer, "mlp_out"))
+        return Effect(node, Score(told, 0.1), Score(found, 0.1))
+
+    nodes = (one(0, 2.0, 1.0), one(1, -1.0, 0.5), one(2, 0.5, 4.0), one(3, 0.0, 0.0))
+    found = replace(
+        attribute(tiny_model(), tiny_tokenizer(), SOME, model_nodes(tiny_model(), ["mlps"])),
+        nodes=nodes,
+    )
+    rows = [line for line in shown(found, measured=True).splitlines() if "mlp_out" in line]
+    assert [line.split(".")[1] for line in rows] == ["2", "0", "1", "3"]
+    assert [line.endswith("*") for line in rows] == [True, False, True, False]
+    assert "factor of 3" in shown(found, measured=True)
+    plain = [line for line in shown(found).splitlines() if "mlp_out" in line]
+    assert [line.split(".")[1] for line in plain] == ["0", "1", "2", "3"]
+    assert not any(line.endswith("*") for line in plain)
+    assert "mlp_out" in shown(found, limit=1, measured=True).split("layers.2")[1]

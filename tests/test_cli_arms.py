@@ -161,8 +161,9 @@ def test_a_direction_can_be_gated(vector, place):
 def test_prompts_are_shown_and_kept_nowhere(vector, place, method, options, begins):
     before = set((place / "run" / "steers").glob("*"))
     out, _ = vector(f"--method {method} {options}")
-    shown_line = out.splitlines()[-1]
-    assert "kept nowhere" in shown_line and begins in shown_line and "PROMPT" in shown_line
+    told, shown_text = " ".join(out.split()).split("the model is given, kept nowhere: ")
+    assert begins in shown_text and "PROMPT" in shown_text and method in told
+    assert max(map(len, out.splitlines())) <= 80
     assert "margin on 12 held-out pairs" in out and "next:" not in out
     assert ("chose among 9 settings by these" in out) == (method == "prompt")
     (found,) = json.loads(vector(f"--method {method} {options} --json")[0])
@@ -196,6 +197,66 @@ def test_adapters_are_kept_and_the_next_line_loads_them(vector, place, method):
     assert found["margin_with"] != found["margin_without"]
 
 
+def in_python(code):
+    """The model that lines of the program's own leave behind, which wrote with it."""
+    names = {}
+    exec(code.replace("…", PAIRS[0].prompt), names)
+    return names["model"]
+
+
+@peft_asks
+@pytest.mark.parametrize("option", ["--load", "--vector"])
+def test_an_adapter_is_no_edits_and_it_is_said_how_it_is_used(vector, capsys, option):
+    vector(f"--method sft-lora --name t1 {QUICK}")
+    line = f"steer run {option} t1{'=1' * (option == '--vector')} --prompt x"
+    _, err = said(capsys, line, 2)
+    told, code = err.rstrip().split(", in Python: ")
+    assert "t1 is an adapter" in told and "pip install 'saesteer[finetune]'" in told
+    assert any("lora_" in name for name, _ in in_python(code).named_parameters())
+    if option == "--load":
+        assert "t1 is an adapter" in said(capsys, "steer run --load run/steers/t1 --prompt x", 2)[1]
+
+
+def test_edits_are_no_vector_and_a_name_has_no_dots(vector, capsys, place):
+    vector("--method sae-add --set feature=3 --name kept")
+    _, err = said(capsys, "steer run --vector kept=1 --prompt x", 2)
+    assert "kept is edits, and no vector: --load kept" in err
+    file = place / "run/steers/kept.steer.safetensors"
+    before = file.read_bytes()
+    for line in ("--name kept.steer", "--name pairs.cache --method sft-lora",
+                 "--name kept.steer --method sae-add"):  # fmt: skip
+        assert "use letters, digits, dashes and underscores" in vector(line, 2)[1]
+    _, err = said(capsys, "steer run --add 3=1 --save kept.steer", 2)
+    assert "'kept.steer' is not a name for edits" in err and file.read_bytes() == before
+    # Versions before took dots, and what they kept is still read.
+    shutil.copy(file, file.with_name("v1.0.steer.safetensors"))
+    (edit,) = Run.open(place / "run").load_edits("v1.0")
+    assert isinstance(edit, Add)
+
+
+@pytest.mark.parametrize("method", ["gated", "mean-difference"])
+def test_few_pairs_are_warned_of_once(capsys, monkeypatch, place, method):
+    monkeypatch.chdir(place)
+    write_pairs(place / "few.jsonl", planted_pairs("sea", 12))
+    gated = "--set of=mean-difference --set 'when=1>0'" * (method == "gated")
+    _, err = said(capsys, f"vector run --pairs few.jsonl --name few --method {method} {gated}")
+    assert err.count("contrast pairs: under 32") == 1 and "12 contrast pairs" in err
+
+
+def test_a_condition_that_holds_nowhere_is_told_once(vector):
+    _, err = vector("--method gated --name never --set of=lat --set 'when=1>100000'")
+    assert err.count("never applied") == 1 == err.count("more like it)")
+
+
+def test_of_all_layers_the_next_line_has_the_best_reader(vector):
+    out, _ = vector("--name deep --method lat --layer all --noise .3")
+    facts = json.loads(vector("--name deep --method lat --layer all --noise .3 --json")[0])
+    reads = {one["name"]: one["parts"][0]["provenance"]["held_out_auroc"] for one in facts}
+    best = max(reads, key=reads.get)
+    assert len(set(reads.values())) > 1 and out.splitlines()[-1].split()[5] == f"{best}=1"
+    assert max(map(len, out.splitlines()[:-1])) <= 80
+
+
 @peft_asks
 def test_the_next_line_of_an_adapter_is_python_and_a_second_one_replaces_it(vector, place):
     line = f"--method sft-lora --name again {QUICK}"
@@ -203,8 +264,10 @@ def test_the_next_line_of_an_adapter_is_python_and_a_second_one_replaces_it(vect
     weights = place / "run/steers/again/adapter_model.safetensors"
     before = weights.read_bytes()
     code = out.splitlines()[-1].removeprefix("next, in Python: ")
-    loaded = eval(code, {"peft": __import__("peft"), "saesteer": __import__("saesteer")})
-    assert any("lora_" in name for name, _ in loaded.named_parameters())
+    adapted, plain = in_python(code), Run.open(place / "run")
+    assert any("lora_" in name for name, _ in adapted.named_parameters())
+    ids = torch.tensor([plain.tokenizer(PAIRS[0].prompt)["input_ids"]])
+    assert not torch.equal(adapted(ids).logits, plain.model(ids).logits)
     vector(f"{line} --seed 1")
     assert weights.read_bytes() != before
     assert not list((place / "run" / "steers").glob(".again*"))
@@ -278,6 +341,10 @@ def test_a_control_that_cannot_be_steered_with_is_not_offered(vector, place):
         ("--method ccs --validation other.jsonl", "ccs only reads"),
         ("--method sft-lora --name x --set learning_rates=fast", "expected a list of numbers"),
         ("--method context-distillation --name x", "needs the option 'transform'"),
+        ("--name x --seed -1", "--seed -1: expected a whole number from 0"),
+        ("--method sae-clamp --name x --seed 4294967296", "--seed 4294967296: expected"),
+        ("--method melbo --name x --noise .25", "melbo sees their prompts alone"),
+        ("--method gated --name x --set of=melbo --set when=1>0 --noise .25", "prompts alone"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(vector, line, message):

@@ -20,6 +20,7 @@ from saesteer.run import Run
 from saesteer.steering.edits import Add
 from saesteer.units import neutral_tokens
 from saesteer.world import corpus
+from tests.command import as_terminal
 from tests.command import run as said
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -44,11 +45,16 @@ def folder(small_run, tmp_path_factory):
 
 
 def lines_of(out):
-    return {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    """Rows by their name, with the lines that go on with them."""
+    found, name = {}, ""
+    for line in filter(str.strip, out.splitlines()):
+        name = name if line.startswith(" ") else line.split()[0]
+        found[name] = " ".join([*found.get(name, "").split(), *line.split()])
+    return found
 
 
 class TestTable:
-    def test_each_is_one_line(self, capsys, folder):
+    def test_each_is_one_row(self, capsys, folder):
         out, _ = said(capsys, f"directions {folder}")
         rows = lines_of(out.split("\n\n")[0])
         assert list(rows)[1:] == [
@@ -58,7 +64,24 @@ class TestTable:
         assert "32 pairs" in rows["sea"] and f"{float(sea.vector.norm()):.4g}" in rows["sea"]
         assert "3 prompts" in rows["odd-1"] and "pairs" not in rows["odd-1"]
         assert "a control" in rows["control-1"]
-        assert "2 parts" in rows["heads"] and rows["leace"].endswith("map")
+        assert "parts" in rows["heads"] and rows["leace"].endswith("map")
+
+    def test_it_fits_the_terminal(self, capsys, folder, tmp_path, monkeypatch):
+        shutil.copytree(folder, tmp_path / "run")
+        steers = tmp_path / "run" / "steers"
+        sea = Direction.load(steers / "sea.safetensors")
+        made = {"expression": "sea - 0.5*a-direction-of-a-long-name", "made_of": []}
+        Direction(sea.vector, sea.point, "mean-difference-unpaired", 128, sea.read, "another",
+                  made).save(steers / "a-longish-name.safetensors")  # fmt: skip
+        out, _ = said(capsys, f"directions {tmp_path / 'run'}")
+        assert max(map(len, out.splitlines())) <= 80
+        row = lines_of(out)["a-longish-name"]
+        for word in ("128", "pairs", "layers.1.resid_post", "another", "sea"):
+            assert word in row.split()
+        as_terminal(monkeypatch, 140)
+        out, _ = said(capsys, f"directions {tmp_path / 'run'}")
+        assert 80 < max(map(len, out.split("\n\n")[0].splitlines())) <= 140
+        assert not any(line.startswith(" ") for line in out.split("\n\n")[0].splitlines())
 
     def test_melbo_is_shown_beside_random_and_its_control(self, capsys, folder):
         kept, _ = command.kept_in(folder)
@@ -127,6 +150,13 @@ class TestMake:
         for name in ("c-1", "d"):
             run.vector_path(name).unlink()
 
+    def test_edits_are_not_offered_as_directions(self, capsys, folder):
+        edits = folder / "steers" / "kept.steer.safetensors"
+        shutil.copy(folder / "steers" / "sea.safetensors", edits)
+        _, err = said(capsys, f'directions {folder} --make "x = kelp + sea"', 2)
+        edits.unlink()
+        assert "no direction 'kelp'" in err and "sea-lat" in err and "kept" not in err
+
     @pytest.mark.parametrize(
         ("expression", "message"),
         [
@@ -138,6 +168,7 @@ class TestMake:
             ("x = out + sea", "a direction to ablate"),
             ("x = sea + control-1", "fitted on another model"),
             ("../x = sea", "is not a name"),
+            ("x.steer = sea", "use letters, digits, dashes and underscores"),
         ],
     )
     def test_what_cannot_be_is_refused(self, capsys, folder, expression, message):
@@ -190,6 +221,7 @@ class TestShow:
     def test_names_and_options_that_say_nothing_are_refused(self, capsys, folder):
         assert "no direction 'see'" in said(capsys, f"directions {folder} --show see", 2)[1]
         assert "add --show" in said(capsys, f"directions {folder} --prompt x", 2)[1]
+        assert "--seed -1: expected" in said(capsys, f"directions {folder} --seed -1", 2)[1]
         assert "KL budget" in said(capsys, f"directions {folder} --show sea --kl-budget 0", 2)[1]
 
 

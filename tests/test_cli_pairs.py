@@ -81,7 +81,10 @@ def test_templates_are_filled_and_checked(capsys, tmp_path):
     assert "few: 20 pairs" in out and f"20 pairs in {train}" in out
     assert json.loads((tmp_path / "train.cost.json").read_text())["writing"]["calls"] == 0
     _, err = run(capsys, f"pairs {train} --template {made} --n 9 --seed 1", code=2)
-    assert "begun with another seed" in err and read(train) == pairs
+    assert "begun with another n and seed and against" in err and read(train) == pairs
+    _, err = run(capsys, f"pairs {train} --template {made} --n 9 --against {test}", code=2)
+    assert "begun with another n (20, now 9)" in err and "train.cost.json" in err
+    assert read(train) == pairs
     _, err = run(capsys, f"pairs {tmp_path / 'x.jsonl'} --template {made}", code=2)
     assert "make 40 distinct pairs, but 128 were asked for" in err
 

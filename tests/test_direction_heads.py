@@ -9,6 +9,7 @@ from saesteer.core.hooks import capture
 from saesteer.core.model import HookPoint, load_model
 from saesteer.directions import function_vector, iti
 from saesteer.directions.answers import answer_activations
+from saesteer.directions.groups import groups_of
 from saesteer.directions.heads import all_heads, output_weight
 from saesteer.directions.margin import margins
 from saesteer.directions.pairs import Pair
@@ -98,7 +99,9 @@ class TestIti:
         candidates = all_heads(model, range(LAYERS))
         assert len(candidates) == LAYERS * HEADS
         read = answer_activations(model, tokenizer, pairs, candidates, read="answer-last")
-        probes = {head: iti.head_probe(*read[head]) for head in candidates}
+        groups = groups_of(pairs)
+        assert len(set(groups)) == 32  # two of each prompt
+        probes = {head: iti.head_probe(*read[head], groups) for head in candidates}
         accuracies = sorted((probe.accuracy for probe in probes.values()), reverse=True)
         assert [part.provenance["accuracy"] for part in parts] == accuracies[:3]
         for part in parts:
@@ -160,7 +163,7 @@ class TestIti:
         model, tokenizer = load_model("planted")
         every = [HookPoint(layer, "resid_post") for layer in range(4)]
         gains = {"mass-mean": 0.0, "probe": 0.0}
-        for concept in ("sea", "kitchen"):
+        for concept in ("sea", "kitchen", "music", "anger"):
             pairs = planted_pairs(concept, 96)
             held = pairs[64:]
             with torch.no_grad():

@@ -1,5 +1,6 @@
 """Fitting by name: reads, layers, batches, dtypes, noise and the cache."""
 
+import inspect
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from saesteer.directions import answers
 from saesteer.directions.answers import answer_activations
 from saesteer.directions.direction import Direction, Map
 from saesteer.directions.fitting import FOLDS, fit_direction, fit_method, fit_reader
+from saesteer.directions.groups import folds, groups_of
 from saesteer.directions.methods import METHODS
 from saesteer.directions.pairs import Pair
 from saesteer.errors import ConfigError, HookPointError, PairsError
@@ -137,8 +139,23 @@ def test_a_prompt_is_read_alike_on_both_sides_and_gives_no_direction() -> None:
     pairs = [Pair("the sea", " saw" * n, " sun") for n in range(1, 34)]
     chosen, rejected = answer_activations(model, tokenizer, pairs, POINT, read="prompt-last")
     assert torch.equal(chosen, rejected)
-    with pytest.raises(PairsError, match="the same mean activation"):
+    with pytest.raises(PairsError, match="is for methods without a contrast"):
         fit_direction("mean-difference", model, tokenizer, pairs, POINT, read="prompt-last")
+    for name in METHODS.keys() - {"ccs"}:  # which of them read where they are told to?
+        takes = inspect.signature(METHODS[name].fit).parameters
+        if METHODS[name].kind != "pairs-many" and (
+            METHODS[name].kind != "model" or "read" in takes
+        ):
+            with pytest.raises(PairsError, match="'prompt-last': the two sides of a pair share"):
+                fit_method(name, model, tokenizer, pairs, [POINT], read="prompt-last")
+    with pytest.raises(PairsError, match="'prompt-last': the two sides of a pair share"):
+        fit_reader("ccs", model, tokenizer, pairs, [POINT], read="prompt-last")
+    # Both sides together are as good as the prompts.
+    prompts = [Pair(f"the {word}", " sea", " sun") for word in ("boy", "girl", "cat", "dog")]
+    parts = fit_method(
+        "pca-activations", model, tokenizer, prompts * 8, [POINT], read="prompt-last"
+    )
+    assert parts[POINT]
 
 
 def test_equal_texts_are_run_once(passes: list[int]) -> None:
@@ -198,11 +215,14 @@ def test_the_auroc_is_scikit_learns(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda *_, **__: {POINT: (chosen, rejected)},
     )
     found = fit_direction("lat", model, tokenizer, pairs, POINT).provenance["held_out_auroc"]
-    fold = (torch.arange(50) % FOLDS)[
-        torch.from_numpy(np.random.default_rng([0, 2]).permutation(50))
-    ]
+    count, own = folds(groups_of(pairs), FOLDS, np.random.default_rng([0, 2]))
+    assert count == FOLDS
+    fold = torch.from_numpy(own)
     parts = [(chosen[fold == k] @ line, rejected[fold == k] @ line) for k in range(FOLDS)]
-    expected = [roc_auc_score([1] * 10 + [0] * 10, torch.cat(part).numpy()) for part in parts]
+    expected = [
+        roc_auc_score([1] * len(part[0]) + [0] * len(part[0]), torch.cat(part).numpy())
+        for part in parts
+    ]
     assert found == pytest.approx(np.mean(expected))
 
 

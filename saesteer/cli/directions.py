@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from saesteer.cli.arguments import RunFolder
+from saesteer.cli.arguments import RunFolder, check_seed
 from saesteer.errors import ConfigError, IndexingError, RunError, SteeringError, did_you_mean
 from saesteer.run import Run
 
@@ -60,6 +60,7 @@ def directions(
     """
     if show is None and (prompt or strength is not None):
         raise ConfigError("--prompt and --strength are for --show; add --show NAME")
+    check_seed(seed)
     opened = Run.open(run, device=device, dtype=dtype)
     from saesteer.cli import directions_view as view
 
@@ -122,7 +123,9 @@ def _made(run: Run, text: str) -> str:
     # What --make wrote can be made again; anything else took pairs, or isn't ours.
     if path.exists() and not (before and "expression" in before[0].provenance):
         raise RunError(f"{path} is there already, and wasn't made by --make; take another name")
-    unread = [file.removesuffix(".safetensors") for file in others if file.endswith(".safetensors")]
+    # Damaged files are told by name; edits are no directions.
+    files = [file for file in others if not file.endswith(".steer.safetensors")]
+    unread = [file.removesuffix(".safetensors") for file in files if file.endswith(".safetensors")]
     used = algebra.names_in(expression, {*kept, *unread})
     algebra.combined(expression, {one: _single(one, kept, others) for one in used}).save(path)
     return name

@@ -1,14 +1,18 @@
 """Directions for a terminal: the table of those kept, and what each does to generation."""
 
+import itertools
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from saesteer.cli.lines import columns, number_of
 from saesteer.directions.direction import Direction, Part
 from saesteer.effects.generating import SHARE, Doing, Seen
 from saesteer.features.view_parts import clean, cut, quoted
 
 WIDTH = 80
+_NARROWEST = 6
 _HEAD = 17
 _COLUMNS = ("name", "method", "of", "at", "length", "use")
 
@@ -20,7 +24,7 @@ def counted(part: Part) -> str:
     for method, n in _leaves(part.method, part.n_pairs, part.provenance):
         what = "prompt" if method == "melbo" else "pair"
         found[what] = min(n, found.get(what, n))
-    return ", ".join(f"{n} {what}{'' if n == 1 else 's'}" for what, n in found.items())
+    return ", ".join(number_of(n, what) for what, n in found.items())
 
 
 def _leaves(method: str, n: int, provenance: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
@@ -107,13 +111,35 @@ def listed(
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line each."""
+    """One row each, over several lines where its cells are too long for the terminal."""
     cells = [_COLUMNS, *(_cells(row) for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(_COLUMNS))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    )
+    widths = _fitting(cells, columns())
+    lines = []
+    for row in cells:
+        parts = [textwrap.wrap(cell, width) for cell, width in zip(row, widths, strict=True)]
+        for line in itertools.zip_longest(*parts, fillvalue=""):
+            padded = (part.ljust(width) for part, width in zip(line, widths, strict=True))
+            lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
+
+
+def _fitting(cells: Sequence[Sequence[str]], most: int) -> list[int]:
+    """The columns' widths: the widest are narrowed, as far as no word is broken if that will do.
+
+    Names are to be typed, and are left whole.
+    """
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    words = [
+        max(len(word) for cell in column for word in re.split(r"\s+|(?<=-)", cell))
+        for column in zip(*cells, strict=True)
+    ]
+    for least in (words, [_NARROWEST] * len(widths)):
+        while sum(widths) + 2 * (len(widths) - 1) > most:
+            able = [i for i in range(1, len(widths)) if widths[i] > least[i]]
+            if not able:
+                break
+            widths[max(able, key=lambda i: widths[i])] -= 1
+    return widths
 
 
 def melbo_line(found: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from saesteer.cli.arguments import RunFolder
+from saesteer.cli.arguments import RunFolder, check_seed
 from saesteer.core.files import write_json
 from saesteer.errors import SaesteerError, SteeringError, TextError
 from saesteer.run import Run
@@ -77,6 +77,7 @@ def dose(
     if n_texts < 1 or prompt_tokens < 1:
         raise TextError(f"{n_texts} texts, prompts of {prompt_tokens} tokens; both must be above 0")
     values = _numbers(strengths)
+    check_seed(seed)
     opened = Run.open(run, device=device, dtype=dtype)
     name, edits_at, unit, effect, read = _edit(opened, clamp, add, vector)
     from saesteer.effects import dose as effects

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from saesteer import config as configuration
-from saesteer.cli.arguments import RunFolder
+from saesteer.cli.arguments import RunFolder, check_seed
 from saesteer.errors import SaeError, SaesteerError
 from saesteer.run import Run
 
@@ -45,6 +45,7 @@ def eval(
     """
     from saesteer import stages
 
+    check_seed(seed)
     opened = Run.open(run, device=device, dtype=dtype)
     figures = stages.evaluate(opened, text=text, tokens=tokens, seed=seed)
     print(json.dumps(figures) if json_ else evaluation_table(figures))

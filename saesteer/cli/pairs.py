@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from saesteer.cli.arguments import check_seed
 from saesteer.errors import ConfigError, PairsError
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def pairs(
         seed: Of what is drawn.
         device: Where models run.
     """
+    check_seed(seed)
     if (out is None) == (check is None):
         raise ConfigError("name either a file to make, OUT, or one to check, --check FILE")
     if check is not None:
@@ -169,7 +171,7 @@ def _fill(out: Path, template: Path, n: int, seed: int, test: "Sequence[Pair]") 
     from saesteer.directions.pair_templates import fill
 
     templates = read_templates(template)
-    settings = {"template": sha256(template)[:16], "seed": seed, "against": hashed(test)}
+    settings = {"template": sha256(template)[:16], "n": n, "seed": seed, "against": hashed(test)}
     _, record = begun(out, settings)
     made = fill(templates, n, seed=seed, against=test)
     record.asked = n

@@ -75,8 +75,8 @@ def steer(
         clamp: FEATURE=STRENGTH, sets a feature: 4217=8x is 8 times its highest activation in the
             index, 4217=3.5 a raw activation, 4217=0 ablates it. May be repeated.
         add: FEATURE=STRENGTH, adds the feature's decoder direction, in the same units.
-        vector: NAME=STRENGTH, adds a direction that `saesteer vector` fitted, times STRENGTH; NAME
-            may be its file.
+        vector: NAME=STRENGTH, uses what `saesteer vector` fitted as its method is meant: adds a
+            direction, times STRENGTH, or maps, or takes out. NAME may be its file.
         project: DIRECTION=NUMBER, sets the projection on a direction, in units of activation; 0
             projects it out; chosen or rejected puts it where that side of a vector's pairs is.
             DIRECTION is a feature, or a vector's name or file. May be repeated.

@@ -114,13 +114,22 @@ class Scoped:
         )
 
     def applied(self, edits: "Sequence[Edit]", run: Run) -> "list[Edit]":
-        """The edits with their positions, condition and schedule."""
-        about: dict[str, Any] = {
-            "where": self.positions(),
-            "when": None if self.condition is None else self.parsed_when(self.condition, run),
-            "schedule": None if self.fade is None else schedule(self.fade),
-            "keep_norm": self.keep_norm,
-        }
+        """The edits with what was given. SteeringError for positions beside an edit's own."""
+        from saesteer.steering.positions import Positions
+
+        about: dict[str, Any] = {"keep_norm": True} if self.keep_norm else {}
+        if (where := self.positions()) != Positions():
+            for edit in edits:
+                if edit.where != Positions():
+                    raise SteeringError(
+                        f"{edit} brings its own positions ({edit.where}), as its method is meant; "
+                        "leave out --where, --first, --last, --after, --every and --special"
+                    )
+            about["where"] = where
+        if self.condition is not None:
+            about["when"] = self.parsed_when(self.condition, run)
+        if self.fade is not None:
+            about["schedule"] = schedule(self.fade)
         return [replace(edit, **about) for edit in edits]
 
     def parsed_when(self, condition: str, run: Run) -> "When":
@@ -249,7 +258,7 @@ def narrowed(edit: "Edit", where: "Positions | None") -> "Edit":
         return edit
     if edit.where.spans is not None:
         raise SteeringError(
-            f"{edit} was saved for certain positions ({edit.where}), which --roles can't narrow; "
+            f"{edit} is for certain positions ({edit.where}), which --roles can't narrow; "
             "leave --roles out"
         )
     generated = edit.where.generated and where.generated

@@ -2,11 +2,14 @@
 
 import json
 import sys
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from saesteer.cli.arguments import check_seed
 from saesteer.errors import ConfigError
 from saesteer.run import Run
 
@@ -45,8 +48,8 @@ def vector(
             edits made of features. A prompt needs none.
         method: How it is made; --list says which there are.
         layer: A hook point, several with commas between, or all; by default the SAE's.
-        read: Where activations are read: answer-mean, answer-last, answer-token, prompt-last or
-            after:TEXT; by default as the method is published.
+        read: Where activations are read: answer-mean, answer-last, answer-token or after:TEXT;
+            prompt-last without a contrast (pca-activations). By default as it is published.
         noise: Swap the sides of this share of the pairs first.
         seed: Of what the method draws.
         set_: OPTION=VALUE, an option of the method's own. May be repeated.
@@ -69,14 +72,17 @@ def vector(
     from saesteer import arming, vectors
     from saesteer.cli import vector_view
     from saesteer.cli.vector_options import values
-    from saesteer.compare.held_out import check_apart, read_held_out
-    from saesteer.directions.methods import METHODS
-    from saesteer.directions.pairs import read_pairs
+    from saesteer.compare.held_out import read_held_out
+    from saesteer.directions.methods import ALIASES, METHODS
+    from saesteer.directions.pairs import FEWEST, read_pairs
 
+    check_seed(seed)
+    method = ALIASES.get(method, method)
     arming.options_of(method)  # a method that there isn't is told first
     chosen = METHODS.get(method)
     if chosen is not None and chosen.kind != "reader" and name is None:
         raise ConfigError("give the direction a name with --name NAME")
+    vectors.check_noise(method, noise)
     if diagnose and (chosen is None or chosen.kind not in ("pairs", "pairs-many") or noise):
         raise ConfigError(
             "--diagnose is for methods fitted on activations, of pairs as they are: leave it out, "
@@ -100,26 +106,47 @@ def vector(
         arming.check_asked(opened, method, name, how["options"], layers=layer, read=read)
     given = read_pairs(pairs, opened.tokenizer)
     held = None if validation is None else read_held_out(validation, opened.tokenizer)
-    if chosen is None:
-        armed = arming.make(opened, given, name=name, validation=held, **how)
-        facts: list[dict[str, Any]] = [vector_view.armed_facts(armed, name)]
-        lines = vector_view.armed_lines(armed, name, run)
-    elif chosen.kind == "reader":
-        found = vectors.read_with(opened, given, **how)
-        facts = [{"point": str(p), "held_out_auroc": auroc} for p, (_, auroc) in found.items()]
-        lines = [vector_view.read_line(method, row) for row in facts]
-    else:
-        assert name is not None
-        if held is not None:
-            check_apart(given, held)
-        facts, lines, usable = [], [], []
-        for own in vectors.fit(opened, given, name=name, **how):
-            about, said = _told(opened, given, own, held, diagnose)
-            facts.append(about)
-            lines += said
-            usable += [own.name] if arming.fits(opened, own.parts) else []
-        lines.append(vector_view.next_line(run, usable))
+    with warnings.catch_warnings():
+        if len(given) < FEWEST:  # told on reading them; fitting would tell it again
+            warnings.filterwarnings("ignore", r"\d+ contrast pairs?: under")
+        if chosen is not None and chosen.kind != "reader":
+            assert name is not None
+            facts, lines = _directions(opened, given, held, name, diagnose, how)
+        elif chosen is not None:
+            found = vectors.read_with(opened, given, **how)
+            facts = [{"point": str(p), "held_out_auroc": auroc} for p, (_, auroc) in found.items()]
+            lines = [line for row in facts for line in vector_view.read_lines(method, row)]
+        else:
+            armed = arming.make(opened, given, name=name, validation=held, **how)
+            facts = [vector_view.armed_facts(armed, name)]
+            lines = vector_view.armed_lines(armed, name, run)
     print(json.dumps(facts) if json_ else "\n".join(lines))
+
+
+def _directions(
+    run: Run,
+    pairs: "tuple[Pair, ...]",
+    held: "tuple[Pair, ...] | None",
+    name: str,
+    diagnose: bool,
+    how: Mapping[str, Any],
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Fit and keep directions; what is said of all of them: for programs, and in lines."""
+    from saesteer import arming, vectors
+    from saesteer.cli import vector_view
+    from saesteer.compare.held_out import check_apart
+
+    if held is not None:
+        check_apart(pairs, held)
+    facts: list[dict[str, Any]] = []
+    lines: list[str] = []
+    usable = []
+    for own in vectors.fit(run, pairs, name=name, **how):
+        about, said = _told(run, pairs, own, held, diagnose)
+        facts.append(about)
+        lines += said
+        usable += [own] if arming.fits(run, own.parts) else []
+    return facts, [*lines, vector_view.next_line(run.path, usable)]
 
 
 def _told(
@@ -135,11 +162,11 @@ def _told(
     from saesteer.directions.direction import Direction
     from saesteer.effects.diagnose_view import shown
 
-    facts, lines = vector_view.kept_facts(kept), [vector_view.kept_line(kept)]
+    facts, lines = vector_view.kept_facts(kept), vector_view.kept_lines(kept)
     if held is not None:
         margins = arming.measured(run, arming.applied(run, kept.parts), held)
         facts |= vector_view.margins_facts(margins)
-        lines.append(vector_view.margins_line(margins))
+        lines += vector_view.margins_lines(margins)
     if diagnose:
         found = [vectors.diagnose(run, pairs, p) for p in kept.parts if isinstance(p, Direction)]
         facts["diagnoses"] = [one.to_dict() for one in found]

@@ -1,12 +1,12 @@
 """Pairs held out: drawn from those that an arm is made of, or read from a file of their own."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from saesteer.directions.pair_checks import check, stem
+from saesteer.directions.groups import groups_of, numbered, split
+from saesteer.directions.pair_checks import check
 from saesteer.directions.pairs import Pair, parse_pairs, problems
 from saesteer.errors import PairsError
 
@@ -27,21 +27,13 @@ def hold_out(pairs: Sequence[Pair], seed: int) -> tuple[tuple[Pair, ...], tuple[
             f"of {len(pairs)} pair none can be held out; give more pairs, or others to hold out "
             "(--validation FILE)"
         )
-    groups: dict[Any, list[Pair]] = {}
-    for pair in pairs:
-        groups.setdefault(stem(pair.prompt) or pair, []).append(pair)
-    if len(groups) == 1:
-        groups = {pair: [pair] for pair in pairs}
-    wanted = max(1, round(HELD_OUT * len(pairs)))
-    some = list(groups.values())
-    held: list[Pair] = []
+    groups = groups_of(pairs)
+    if not any(groups):
+        groups = numbered(pairs)
     # A stream of its own: methods, the noise and the folds draw from `seed` too.
-    for i in np.random.default_rng([seed, 3]).permutation(len(some)):
-        if len(held) + len(some[i]) <= wanted:
-            held += some[i]
-    held = held or min(some, key=len)
-    out = set(held)
-    return tuple(pair for pair in pairs if pair not in out), tuple(held)
+    rng = np.random.default_rng([seed, 3])
+    held, rest = split(groups, max(1, round(HELD_OUT * len(pairs))), rng)
+    return tuple(pairs[i] for i in sorted(rest)), tuple(pairs[i] for i in held)
 
 
 def check_apart(pairs: Sequence[Pair], validation: Sequence[Pair]) -> None:

@@ -70,9 +70,9 @@ def answer_activations(
     Args:
         read: "answer-mean", the mean over the answer's tokens; "answer-last", its last one;
             "answer-token", the first at which the two answers part (of "(A)" and "(B)", the
-            letter); "prompt-last", the last of the prompt, which is the same on both sides; or
-            "after:TEXT", the token that follows the last TEXT in prompt and answer. Special
-            tokens of an answer are read after a text alone.
+            letter); "prompt-last", the last of the prompt, which is the same on both sides and so
+            is for methods without a contrast; or "after:TEXT", the token that follows the
+            last TEXT in prompt and answer. Special tokens of an answer are read after a text alone.
         batch_size: sequences a forward pass; they are padded on the right.
         cache: a folder in which they are kept and found again, by model, tokens, read and point.
             Not used while anything edits the model's activations.

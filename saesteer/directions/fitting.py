@@ -14,12 +14,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from saesteer.core.model import HookPoint, fingerprint
 from saesteer.directions.answers import answer_activations
 from saesteer.directions.direction import Direction, Map, Part
+from saesteer.directions.groups import folds, groups_of
 from saesteer.directions.methods import Method, method
 from saesteer.directions.pairs import Pair, warn_if_few
+from saesteer.directions.places import check_sides_read
 from saesteer.errors import ConfigError, did_you_mean
 
 FOLDS = 5
-"""In how many parts the pairs are held out in turn, to tell how well a direction reads."""
+"""In how many parts, at the most, the pairs are held out in turn, to tell how well a direction
+reads."""
 
 # What `fit_method` itself hands to a method that runs the model, where the method takes it.
 _HANDED = ("read", "batch_size", "cache")
@@ -53,8 +56,9 @@ def fit_method(
     has the seed, the noise and the options; of a direction fitted on activations also
     "chosen_mean" and "rejected_mean", each side's mean of x·v/‖v‖, and of a method that gives one
     direction "held_out_auroc", the mean over five parts of the pairs of how well x·v, fitted on the
-    other four, tells that part's sides apart (from ten pairs on; by the labels as they are after
-    the noise).
+    other four, tells that part's sides apart (by the labels as they are after the noise). Pairs
+    that ask the same are in one part (`groups.groups_of`); there are fewer parts where one of five
+    wouldn't have two prompts, and no such figure under ten pairs or four prompts.
 
     Args:
         read, batch_size, cache: as in `answers.answer_activations`; None is "answer-mean", 32 and
@@ -68,7 +72,8 @@ def fit_method(
     Raises:
         ConfigError: no such method, an option that it doesn't have, a noise outside 0 to 1, or a
             method that only reads (see `fit_reader`).
-        PairsError: pairs that can't be read or that the method can make nothing of.
+        PairsError: pairs that can't be read or that the method can make nothing of; the end of the
+            prompt as the place to read, by a method that contrasts the sides.
         HookPointError: the model has no such place.
     """
     chosen = _method(name, options)
@@ -87,6 +92,7 @@ def fit_method(
         ]
         takes = inspect.signature(chosen.fit).parameters
         handed = {k: value for k, value in said.items() if k in takes}
+        check_sides_read(handed.get("read"))
         prompts = list(dict.fromkeys(pair.prompt for pair in given if pair.prompt))
         what = prompts if "prompts" in takes else given
         found: list[Direction] = chosen.fit(
@@ -98,12 +104,15 @@ def fit_method(
             grouped.setdefault(part.point, []).append(part)
         return grouped
 
+    if chosen.kind != "pairs-many":  # which takes both sides together
+        check_sides_read(read)
     sides = _sides(model, tokenizer, pairs, points, noise, seed, said)
+    groups = groups_of(pairs)
     read, of = said.get("read", "answer-mean"), fingerprint(model)
     parts: dict[HookPoint, list[Part]] = {}
     for point, (a, b) in sides.items():
         made = chosen.fit(a, b, seed=seed, **options)
-        common = (point, name, len(pairs), read, of)
+        common = (point, chosen.name, len(pairs), read, of)
         if chosen.kind == "map":
             matrix, shift = made
             parts[point] = [Map(matrix, shift, *common, facts)]
@@ -111,7 +120,7 @@ def fit_method(
         vectors = made if chosen.kind == "pairs-many" else [made]
         told: dict[str, Any] = dict(facts)
         if chosen.kind == "pairs":
-            told |= _auroc(chosen, a, b, seed, options)
+            told |= _auroc(chosen, a, b, groups, seed, options)
         parts[point] = [
             Direction(vector, *common, {**told, **_means(vector, a, b)}) for vector in vectors
         ]
@@ -157,7 +166,7 @@ def fit_reader(
     cache: Path | None = None,
     **options: Any,
 ) -> dict[HookPoint, tuple[Reader, float | None]]:
-    """At each point, a reader and its held-out AUROC (None under ten pairs); see `fit_method`.
+    """At each point, a reader and its held-out AUROC, or None; see `fit_method`.
 
     Raises:
         ConfigError: no such method, or not one that only reads. The rest as `fit_method`.
@@ -165,12 +174,14 @@ def fit_reader(
     chosen = _method(name, options)
     if chosen.kind != "reader":
         raise ConfigError(f"{name} is no reader; use fitting.fit_method")
+    check_sides_read(read)
     said = _said(read=read, batch_size=batch_size, cache=cache)
     sides = _sides(model, tokenizer, pairs, points, noise, seed, said)
+    groups = groups_of(pairs)
     return {
         point: (
             chosen.fit(a, b, seed=seed, **options),
-            _auroc(chosen, a, b, seed, options).get("held_out_auroc"),
+            _auroc(chosen, a, b, groups, seed, options).get("held_out_auroc"),
         )
         for point, (a, b) in sides.items()
     }
@@ -233,15 +244,20 @@ def _means(vector: Tensor, a: Tensor, b: Tensor) -> dict[str, float]:
 
 
 def _auroc(
-    chosen: Method, a: Tensor, b: Tensor, seed: int, options: dict[str, Any]
+    chosen: Method,
+    a: Tensor,
+    b: Tensor,
+    groups: Sequence[int],
+    seed: int,
+    options: dict[str, Any],
 ) -> dict[str, float]:
-    """How well the method tells apart the sides of pairs that it wasn't fitted on."""
-    if len(a) < 2 * FOLDS:
+    """How well the method tells apart the sides of groups of pairs that it wasn't fitted on."""
+    count, own = folds(groups, FOLDS, np.random.default_rng([seed, 2]))
+    if len(a) < 2 * FOLDS or count < 2:
         return {}
-    fold = torch.arange(len(a)) % FOLDS
-    fold = fold[torch.from_numpy(np.random.default_rng([seed, 2]).permutation(len(a)))]
+    fold = torch.from_numpy(own)
     found = []
-    for held in range(FOLDS):
+    for held in range(count):
         out, rest = fold == held, fold != held
         made = chosen.fit(a[rest], b[rest], seed=seed, **options)
         x = torch.cat([a[out], b[out]])

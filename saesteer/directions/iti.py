@@ -16,6 +16,7 @@ from saesteer.core.model import HookPoint, fingerprint
 from saesteer.directions import sides
 from saesteer.directions.answers import answer_activations
 from saesteer.directions.direction import Direction
+from saesteer.directions.groups import groups_of, split
 from saesteer.directions.heads import all_heads
 from saesteer.directions.pairs import Pair, warn_if_few
 from saesteer.directions.rows import layers_of
@@ -53,7 +54,8 @@ def fit(
     """α·σ·θ, added to the outputs of the heads whose probes tell the sides apart best.
 
     A logistic probe is fitted to each head's output at the last token of the answers, and judged
-    on a fifth of the pairs that it has not seen. The best K heads by accuracy are taken; where
+    on a fifth of the pairs that it has not seen; pairs that ask the same are all seen or all not,
+    unless all pairs ask the same. The best K heads by accuracy are taken; where
     several are as accurate, as they often are on few pairs, those first whose probes find the
     labels likelier. θ is, from all pairs, the direction between the sides' means ("mass-mean",
     which does best in the paper) or the probe's weights ("probe"), of length 1 and towards the
@@ -87,8 +89,10 @@ def fit(
         model, tokenizer, pairs, candidates, read=read, batch_size=batch_size, cache=cache
     )
     warn_if_few(len(pairs))
+    groups = groups_of(pairs)
     probes = {
-        point: head_probe(*found[point], direction=direction, seed=seed) for point in candidates
+        point: head_probe(*found[point], groups, direction=direction, seed=seed)
+        for point in candidates
     }
     best = sorted(
         candidates, key=lambda point: (-probes[point].accuracy, -probes[point].log_likelihood)
@@ -119,9 +123,17 @@ def fit(
 
 
 def head_probe(
-    chosen: Tensor, rejected: Tensor, *, direction: How = "mass-mean", seed: int = 0
+    chosen: Tensor,
+    rejected: Tensor,
+    groups: Sequence[int] | None = None,
+    *,
+    direction: How = "mass-mean",
+    seed: int = 0,
 ) -> HeadProbe:
     """θ, σ and how the probe does on validation, from one head's outputs, each [n, d_head].
+
+    groups: for each pair its group, of which validation has the whole or nothing (`groups_of`);
+    None, and one group of all, are each pair its own.
 
     Raises PairsError for fewer than two pairs, or sides with the same mean.
     """
@@ -130,14 +142,16 @@ def head_probe(
     both = sides.checked(chosen, rejected, fewest=2)
     shift = sides.shift(*both)  # a probe of sides that are the same has no direction either
     values = both[0].numpy(), both[1].numpy()
-    order = np.random.default_rng(seed).permutation(len(chosen))
-    kept = max(1, round(VALIDATION * len(chosen)))
+    if groups is None or not any(groups):
+        groups = range(len(chosen))
+    wanted = max(1, round(VALIDATION * len(chosen)))
+    kept, rest = split(groups, wanted, np.random.default_rng(seed))
 
-    def labelled(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def labelled(rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
         return np.concatenate([side[rows] for side in values]), np.repeat([1, 0], len(rows))
 
-    probe = LogisticRegression(max_iter=1000).fit(*labelled(order[kept:]))
-    x, labels = labelled(order[:kept])
+    probe = LogisticRegression(max_iter=1000).fit(*labelled(rest))
+    x, labels = labelled(kept)
     logits = probe.decision_function(x) * np.where(labels, 1, -1)
     theta = torch.from_numpy(probe.coef_[0]) if direction == "probe" else shift
     theta = theta / theta.norm()

@@ -173,14 +173,21 @@ other method gives (a head each, a layer each) belongs together."""
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 
 
+ALIASES = {"affine": "mimic", "orthogonalise": "ablate"}
+"""Other names of methods. `ablate` takes out at run time what orthogonalised weights can't write;
+`saesteer steer --bake` writes such weights."""
+
+
 def method(name: str) -> Method:
-    """The method of that name.
+    """The method of that name, or of another name that it has.
 
     Raises:
         ConfigError: there is none.
     """
+    name = ALIASES.get(name, name)
     if name not in METHODS:
         raise ConfigError(
-            f"no method {name!r}{did_you_mean(name, METHODS)}; the methods are {', '.join(METHODS)}"
+            f"no method {name!r}{did_you_mean(name, [*METHODS, *ALIASES])}; the methods are "
+            f"{', '.join(METHODS)}"
         )
     return METHODS[name]

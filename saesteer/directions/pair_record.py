@@ -68,7 +68,7 @@ def begun(path: Path, settings: dict[str, Any]) -> tuple[list[Pair], Record]:
         raise PairsError(
             f"{path} was begun with another {' and '.join(other)} "
             f"({record.settings.get(other[0])!r}, now {settings[other[0]]!r}); name another file, "
-            "or remove it"
+            f"or remove it and {beside.name}"
         )
     # A stop between the two files leaves pairs that the record doesn't know: they come again.
     pairs = [pair for _, pair in parse_pairs(path)] if record.n else []

@@ -29,6 +29,27 @@ def check_read(read: str) -> None:
     )
 
 
+def check_sides_read(read: str | None) -> None:
+    """PairsError where a method that contrasts the sides is to read what they share."""
+    if read == "prompt-last":
+        raise PairsError(
+            "read='prompt-last': the two sides of a pair share their prompt, so that its last "
+            "token is the same on both. It is for methods without a contrast (pca-activations); "
+            "read answer-mean, answer-last or answer-token, and put what tells prompts of two "
+            "kinds apart into the answers"
+        )
+
+
+def text_of(prompt: str, answer: str) -> str:
+    """A prompt and its answer as one text: a space is put between them where neither has one.
+
+    `side_tokens` tokenises them apart, so that the answer begins with a token of its own whether
+    or not it is written with a space; in one text "the road.At" would be other tokens.
+    """
+    apart = not prompt or prompt[-1].isspace() or answer[:1].isspace()
+    return f"{prompt}{'' if apart else ' '}{answer}"
+
+
 def side_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> Side:
     """Token ids of BOS (where the tokenizer has one), the prompt, and the answer.
 

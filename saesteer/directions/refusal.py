@@ -15,7 +15,7 @@ from saesteer.directions import sides
 from saesteer.directions.answers import answer_activations
 from saesteer.directions.direction import Direction, Use
 from saesteer.directions.pairs import Pair, warn_if_few
-from saesteer.errors import PairsError
+from saesteer.directions.places import check_sides_read
 
 
 def fit(
@@ -44,12 +44,7 @@ def fit(
             read, or the same mean on both sides.
         HookPointError: the model has no such place.
     """
-    if read == "prompt-last":
-        raise PairsError(
-            "read='prompt-last': the two sides of a pair share their prompt, so that its last "
-            "token is the same on both; read answer-mean, answer-last or answer-token, and put "
-            "what tells prompts of two kinds apart into the answers"
-        )
+    check_sides_read(read)
     found = answer_activations(
         model, tokenizer, pairs, points, read=read, batch_size=batch_size, cache=cache
     )

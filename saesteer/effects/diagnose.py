@@ -1,6 +1,6 @@
 """What can be said of a direction before anyone steers with it: see `Diagnosis`."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -97,6 +97,7 @@ def diagnose(
     tokenizer: PreTrainedTokenizerBase,
     *,
     fit: Fit | None = None,
+    groups: Sequence[int] | None = None,
     text: Iterable[ContextBatch] | None = None,
     sae: Sae | None = None,
     features: int = 16,
@@ -110,6 +111,8 @@ def diagnose(
         chosen, rejected: activations of the pairs at the direction's point, [n, d] each.
         fit: how the direction is made from activations, to fit it again on some of the pairs;
             None: it can't be, and split halves and growth are left out.
+        groups: for each pair its group, so that halves share no prompt
+            (`directions.groups.groups_of`); None: each pair is its own.
         text: contexts with activations at the direction's point, from which the mean norm and the
             top activating contexts are taken.
         sae: whose features the direction is compared with; it must write at the same point.
@@ -127,7 +130,7 @@ def diagnose(
             f"{sae.write_point}; fit it there, or leave the SAE out"
         )
     vector = direction.vector.detach().float().cpu()
-    pairs = pair_figures(vector, chosen, rejected, fit, splits=splits, seed=seed)
+    pairs = pair_figures(vector, chosen, rejected, fit, groups=groups, splits=splits, seed=seed)
     norms = _Norms(special_token_ids(model, tokenizer))
     contexts = None
     if text is not None:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from saesteer.directions.groups import split
 from saesteer.errors import PairsError
 
 Fit = Callable[[Tensor, Tensor], Tensor]
@@ -46,8 +47,10 @@ class Separability:
 class Halves:
     """What two random halves of the pairs say of one another, over seeded splits.
 
+    Pairs of one group, which ask the same, are in one half.
+
     Attributes:
-        pairs: in the first half, on which is fitted.
+        pairs: in the first half, on which is fitted; a few less where groups don't come out even.
         cosine: of the directions of the two halves.
         auroc, d_prime: of one half's direction on the pairs of the other, which it wasn't fitted
             on; d_prime is None where a half has a single pair, or all scores are equal.
@@ -70,7 +73,8 @@ class PairFigures:
         n_equal: pairs whose two sides have the same activation.
         separability: on the pairs that the direction was fitted on, and so flattered: with fewer
             pairs than dimensions random ones lie apart too. `halves` is not flattered.
-        halves: None where the direction can't be fitted again, or there are fewer than four pairs.
+        halves: None where the direction can't be fitted again, or there are fewer than four groups
+            of pairs.
         growth: (n, cos(v_n, v)) with v_n fitted on n of the pairs: it must come to 1 at all of
             them, and says something where it is near 1 long before.
         norm: ‖v‖. read_norm: the mean norm of the activations that were read.
@@ -92,6 +96,7 @@ def pair_figures(
     rejected: Tensor,
     fit: Fit | None,
     *,
+    groups: Sequence[int] | None = None,
     splits: int = 100,
     draws: int = 20,
     seed: int = 0,
@@ -101,6 +106,8 @@ def pair_figures(
     Args:
         fit: makes the direction from activations, to fit it again on some of the pairs; None: it
             can't be, and what needs it is left out.
+        groups: for each pair its group, which halves are made of (`directions.groups.groups_of`);
+            None: each pair is its own.
         splits: into halves; draws: of n pairs for each n. Both are seeded.
 
     Raises:
@@ -123,6 +130,9 @@ def pair_figures(
         raise PairsError(
             f"a direction of norm {norm} can't be judged; fit it on pairs whose sides differ"
         )
+    groups = range(len(chosen)) if groups is None else groups
+    if len(groups) != len(chosen):
+        raise PairsError(f"groups of {len(groups)} pairs for activations of {len(chosen)}")
     differences = chosen - rejected
     sizes = differences.norm(dim=-1)
     return PairFigures(
@@ -130,7 +140,7 @@ def pair_figures(
         mean_cosine=mean_cosine(differences[sizes > 0]),
         n_equal=int((sizes == 0).sum()),
         separability=separability(chosen @ vector, rejected @ vector),
-        halves=_halves(chosen, rejected, fit, splits, seed) if fit and len(chosen) >= 4 else None,
+        halves=_halves(chosen, rejected, fit, groups, splits, seed) if fit else None,
         growth=_growth(vector, chosen, rejected, fit, draws, seed) if fit else (),
         norm=norm,
         read_norm=float(torch.cat([chosen, rejected]).norm(dim=-1).mean()),
@@ -160,13 +170,16 @@ def separability(chosen: Tensor, rejected: Tensor) -> Separability:
     return Separability(auroc, d_prime)
 
 
-def _halves(chosen: Tensor, rejected: Tensor, fit: Fit, splits: int, seed: int) -> Halves | None:
+def _halves(
+    chosen: Tensor, rejected: Tensor, fit: Fit, groups: Sequence[int], splits: int, seed: int
+) -> Halves | None:
+    if len(set(groups)) < 4:
+        return None
     rng = np.random.default_rng([seed % 2**32, 21])
     n = len(chosen)
     found: list[tuple[float, float, float | None]] = []
     for _ in range(splits):
-        order = torch.from_numpy(rng.permutation(n))
-        parts = order[: n // 2], order[n // 2 :]
+        parts = split(groups, n // 2, rng)
         try:
             first, second = (_unit(fit(chosen[at], rejected[at])) for at in parts)
         except PairsError:  # a half that the method can't be fitted on, such as too few pairs

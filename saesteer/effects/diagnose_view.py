@@ -52,7 +52,7 @@ def _pair_lines(pairs: PairFigures, layer_norm: float | None) -> list[str]:
         _line("separability", f"AUROC {apart.auroc:.3f}{d_prime}, on the pairs it was fitted on"),
     ]
     if pairs.halves is None:
-        lines.append(_line("split halves", "not measured: needs a method of pairs, and 4 of them"))
+        lines.append(_line("split halves", "not measured: needs a method of pairs, and 4 prompts"))
     else:
         lines += _half_lines(pairs.halves)
     if layer_norm is not None:

@@ -16,12 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saesteer.compare.prepared import Material, Prepared
 from saesteer.core.hooks import reading
-from saesteer.core.model import special_token_ids
+from saesteer.core.model import EMBEDDED, special_token_ids
 from saesteer.core.sae import Sae
 from saesteer.directions.answers import side_tokens
 from saesteer.directions.pairs import Pair
 from saesteer.effects import output_score
 from saesteer.effects.damage import padded
+from saesteer.effects.planted_causes import neutral_prompts
 from saesteer.errors import FeatureError, PairsError, SteeringError
 from saesteer.features.search import Index
 from saesteer.steering.conditions import When
@@ -156,18 +157,25 @@ def sae_output_filtered(
     *,
     most: int = 32,
     at_least: float = output_score.STEERS,
-    prompts: Sequence[str] = output_score.NEUTRAL,
+    prompts: Sequence[str] | None = None,
     amplification: float = output_score.AMPLIFICATION,
     densest: float = DENSEST,
 ) -> Prepared:
     """Add the first candidate whose output score is `at_least` (Arad et al. 2025, 2505.20063).
 
-    most: candidates scored. prompts, amplification: what the score is measured with; noted.
+    Args:
+        most: candidates scored.
+        prompts, amplification: what the score is measured with; noted. None takes a neutral
+            opening, and for an index of the embedded model, which knows no English, stories of its
+            own language.
 
     Raises:
         FeatureError: none of them has such a score.
     """
     sae, index = material.features()
+    if prompts is None:
+        planted = index.meta.get("model_id") == EMBEDDED
+        prompts = neutral_prompts() if planted else output_score.NEUTRAL
     found = candidates(material, densest=densest)[0][:most]
     scored = output_score.output_scores(
         material.model,

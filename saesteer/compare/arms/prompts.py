@@ -6,6 +6,7 @@ from typing import Any
 
 from saesteer.compare.prepared import Material, Prepared, PromptTransform, validation_margin
 from saesteer.directions.pairs import Pair
+from saesteer.directions.places import text_of
 from saesteer.errors import PairsError
 
 FEWEST_PROMPTS = 8
@@ -16,7 +17,7 @@ _BETWEEN = "\n\n"
 
 def few_shot_prompt(examples: Sequence[Pair]) -> PromptTransform:
     """Each example's prompt with its chosen answer, a blank line apart, before the prompt."""
-    before = "".join(f"{pair.prompt}{pair.chosen}{_BETWEEN}" for pair in examples)
+    before = "".join(f"{text_of(pair.prompt, pair.chosen)}{_BETWEEN}" for pair in examples)
     return lambda prompt: before + prompt
 
 

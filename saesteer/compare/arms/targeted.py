@@ -21,6 +21,7 @@ from saesteer.core.generate import prompt_ids
 from saesteer.core.hooks import activations
 from saesteer.core.progress import progress
 from saesteer.core.sae import Sae
+from saesteer.directions.places import text_of
 from saesteer.effects.continuations import Continuation, continuations
 from saesteer.effects.damage import padded
 from saesteer.errors import SteeringError
@@ -211,7 +212,7 @@ def sae_ts(
 
 def _mean_norm(material: Material, sae: Sae) -> float:
     """Mean ‖x‖ where the SAE writes, over the chosen texts of 32 pairs at the most."""
-    texts = [pair.prompt + pair.chosen for pair in material.pairs[:32]]
+    texts = [text_of(pair.prompt, pair.chosen) for pair in material.pairs[:32]]
     rows, _ = prompt_ids(material.tokenizer, texts, prepend_bos=True)
     ids, mask = padded(rows)
     point = sae.write_point
