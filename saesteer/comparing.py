@@ -32,7 +32,8 @@ from saesteer.compare import (
     splits,
 )
 from saesteer.compare.evaluate import Bench
-from saesteer.compare.problem import DELTAS, Problem, to_dict
+from saesteer.compare.problem import DELTAS, Problem
+from saesteer.compare.problem_file import to_dict
 from saesteer.compare.protocol import Compared, compare_behaviour
 from saesteer.compare.store import Store
 from saesteer.compare.trial import Trial

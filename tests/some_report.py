@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from saesteer.compare.problem import parse, to_dict
+from saesteer.compare.problem_file import parse, to_dict
 
 DELTAS = (0.05, 0.1, 0.25, 0.5)
 N = (1, 3, 8, 32, 128, 256)

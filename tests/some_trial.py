@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from saesteer.compare.evaluate import Bench
-from saesteer.compare.problem import Affordances, Behaviour, Primary, Problem, Splits, to_dict
+from saesteer.compare.problem import Affordances, Behaviour, Primary, Problem, Splits
+from saesteer.compare.problem_file import to_dict
 from saesteer.compare.splits import Split, split
 from saesteer.compare.store import Store
 from saesteer.compare.trial import Trial

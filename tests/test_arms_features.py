@@ -7,9 +7,13 @@ import torch
 
 from saesteer.compare import Material, Prepared
 from saesteer.compare.arms import ARMS, arm, gated
-from saesteer.compare.arms.features import (
+from saesteer.compare.arms.candidates import (
     activation_differences,
+    answer_means,
+    by_auroc,
     candidates,
+)
+from saesteer.compare.arms.features import (
     gate,
     sae_add,
     sae_clamp,
@@ -346,7 +350,28 @@ def test_every_arm_of_features_is_known_by_name():
     assert [name for name in ARMS if name.startswith("sae-")] == [
         "sae-clamp",
         "sae-add",
+        "sae-auroc",
         "sae-topk",
         "sae-output-filtered",
         "sae-ts",
     ]
+
+
+def test_auroc_puts_first_the_feature_that_tells_the_answers_apart_best(material):
+    from sklearn.metrics import roc_auc_score
+
+    found = by_auroc(material)
+    assert sorted(found) == sorted(candidates(material)[0])
+    of = (material.model, material.tokenizer, material.sae, material.pairs)
+    sides = answer_means(*of, found)
+    truth = [1] * len(material.pairs) + [0] * len(material.pairs)
+    by_hand = [roc_auc_score(truth, torch.cat(sides)[:, i]) for i in range(len(found))]
+    assert by_hand == pytest.approx(sorted(by_hand, reverse=True))
+    made = ARMS["sae-auroc"](material)
+    assert made.arm == "sae-auroc" and made.notes["features"] == [found[0]]
+
+
+def test_means_of_answers_differ_by_what_the_differences_are(material):
+    of = (material.model, material.tokenizer, material.sae, material.pairs)
+    chosen, rejected = answer_means(*of, range(material.sae.d_sae), batch_size=3)
+    assert torch.allclose((chosen - rejected).mean(0), activation_differences(*of), atol=1e-5)

@@ -8,7 +8,8 @@ import pytest
 
 from saesteer.cli.main import main
 from saesteer.compare import contenders, problem, world
-from saesteer.compare.problem import Affordances, Behaviour, Primary, Problem, Splits, to_dict
+from saesteer.compare.problem import Affordances, Behaviour, Primary, Problem, Splits
+from saesteer.compare.problem_file import to_dict
 from saesteer.core import tables
 from saesteer.run import Run
 

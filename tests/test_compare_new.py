@@ -2,7 +2,7 @@
 
 import pytest
 
-from saesteer.compare.problem import read
+from saesteer.compare.problem_file import read
 from saesteer.compare.problem_new import QUESTIONS, answered, new, write
 from saesteer.errors import ConfigError
 

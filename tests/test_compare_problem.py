@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from saesteer.compare import problem as problems
-from saesteer.compare.problem import EXAMPLES, Behaviour, parse, read, to_dict
+from saesteer.compare import problem_file as problems
+from saesteer.compare.problem import Behaviour
+from saesteer.compare.problem_file import EXAMPLES, parse, read, to_dict
 from saesteer.core import tables
 from saesteer.errors import ConfigError
 
@@ -105,3 +106,10 @@ def test_a_ready_problem_can_be_read_and_split(path):
         made = split(behaviour, found.splits, deployment=found.deployment)
         assert len(made.fit) > max(found.n)  # so that draws differ
         assert len(made.test) == found.splits.most_test
+
+
+def test_a_scorer_of_ones_own_can_be_named(monkeypatch):
+    from saesteer.compare import scorers
+
+    monkeypatch.setitem(scorers.SCORERS, "mine", scorers.lexicon)
+    assert parse(changed(scoring={"scorers": ["mine"]}), "p.toml").scorers == ("mine",)

@@ -10,7 +10,8 @@ import torch
 from saesteer.compare import contenders
 from saesteer.compare.evaluate import Bench
 from saesteer.compare.prepared import Prepared, margins_of
-from saesteer.compare.problem import Affordances, Primary, to_dict
+from saesteer.compare.problem import Affordances, Primary
+from saesteer.compare.problem_file import to_dict
 from saesteer.compare.protocol import compare_behaviour
 from saesteer.compare.store import Store
 from saesteer.core.points import HookPoint

@@ -24,7 +24,8 @@ from saesteer.compare import (
 from saesteer.compare.afterwards import Judge
 from saesteer.compare.evaluate import Bench
 from saesteer.compare.judge import AGAIN
-from saesteer.compare.problem import Affordances, Behaviour, Primary, Problem, Splits, read
+from saesteer.compare.problem import Affordances, Behaviour, Primary, Problem, Splits
+from saesteer.compare.problem_file import read
 from saesteer.directions.pairs import Pair, write_pairs
 from saesteer.errors import ConfigError, ModelError, PairsError, RunError, SteeringError
 from saesteer.run import Run

@@ -14,7 +14,7 @@ from some_report import ARMS, DELTAS, N, comparison, estimate, report
 
 from saesteer.compare import report_plots as plots
 from saesteer.compare import report_view
-from saesteer.compare.problem import parse
+from saesteer.compare.problem_file import parse
 from saesteer.compare.report import render
 from saesteer.compare.report_numbers import amount, leads, number
 from saesteer.errors import ConfigError

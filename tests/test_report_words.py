@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from some_report import comparison, estimate, report
 
 from saesteer.compare import report_words as words
-from saesteer.compare.problem import Problem, parse
+from saesteer.compare.problem import Problem
+from saesteer.compare.problem_file import parse
 from saesteer.compare.report_numbers import amount, at, listed, number, origins
 from saesteer.compare.report_numbers import estimate as shown
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from saesteer.compare import world, world_arms, world_flags, world_pool, world_score
-from saesteer.compare.arms.features import activation_differences
+from saesteer.compare.arms.candidates import activation_differences
 from saesteer.core.model import HookPoint
 from saesteer.directions.fitting import fit_direction
 from saesteer.directions.pairs import Pair

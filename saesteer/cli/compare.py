@@ -102,7 +102,7 @@ def compare(
         )
     opened = Run.open(run, device=device, dtype=dtype)
     from saesteer import comparing
-    from saesteer.compare import problem as problems
+    from saesteer.compare import problem_file as problems
     from saesteer.compare import report_view
 
     if problem is None:

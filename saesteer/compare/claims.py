@@ -41,7 +41,9 @@ def family(
     """Pairs of arms held against each other, with Holm's correction over them.
 
     Args:
-        of: gains of each arm, [draws, n]. clusters [n]: the behaviour of each prompt.
+        of: gains of each arm, [draws, n]; all 0 where validation chose no edit, and two such arms
+            are "no edit by either", which is no finding.
+        clusters: the behaviour of each prompt, [n].
     """
     made = [statistics.paired(of[a], of[b], clusters, seed=seed) for a, b in pairs]
     adjusted = statistics.holm([one.p for one in made]).tolist() if made else []
@@ -52,6 +54,8 @@ def family(
         verdict = "as good as" if tost < LEVEL else "undecided"
         if p_holm < LEVEL:
             verdict = "better" if one.difference.value > 0 else "worse"
+        if not np.any(of[a]) and not np.any(of[b]):
+            verdict = "no edit by either"
         found.append(
             {
                 "a": a,

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from saesteer.compare.arms import ARMS, arm
 from saesteer.compare.arms.adapters import LEARNING_RATES
-from saesteer.compare.arms.features import candidates
+from saesteer.compare.arms.candidates import by_auroc, candidates
 from saesteer.compare.arms.prompts import FEWEST_PROMPTS, opened_with
 from saesteer.compare.prepared import Material, Prepared
 from saesteer.compare.problem import Behaviour, Problem
@@ -30,7 +30,7 @@ CURVE = ("mean-difference", "sae-clamp", "sae-topk")
 CONTROLS = ("random", "shuffled-labels")
 _PROMPTS = ("prompt", "few-shot", "contrast-prompt")
 _TRAINED = ("sft-lora", "dpo-lora", "sft-augmented", "context-distillation")
-_SINGLE = ("sae-clamp", "sae-add", "sae-ts")  # of one feature, chosen among candidates
+_SINGLE = ("sae-clamp", "sae-add", "sae-auroc", "sae-ts")  # of one feature, chosen among candidates
 _FEATURES = (*_SINGLE, "sae-topk", "sae-output-filtered", SEARCH)
 # What trains, or writes texts to be fitted on, or tries every head.
 _SLOW = (*_TRAINED, "sae-ts", "bias-only", "melbo", "function-vector")
@@ -151,7 +151,7 @@ def prepare(
         made = arm("sae-clamp")(material, feature=options["feature"])
         return replace(made, arm=SEARCH), options
     if name in _SINGLE:
-        feature = _candidate(material, options)
+        feature = _candidate(name, material, options)
         return arm(name)(material, feature=feature), {**options, "feature": feature}
     if name == "prompt":
         transform = opened_with(options["written"])
@@ -195,10 +195,11 @@ def _layers(problem: Problem, model: PreTrainedModel, sae: Sae | None) -> list[d
     return [{"point": str(point)} for point in layers(problem, model, sae)]
 
 
-def _candidate(material: Material, setting: Mapping[str, Any]) -> int:
+def _candidate(name: str, material: Material, setting: Mapping[str, Any]) -> int:
     """The feature that validation chose, where these pairs bring it forth too; else the candidate
     of its rank."""
-    found = candidates(material)[0][:SETTINGS]
+    ranked = by_auroc(material) if name == "sae-auroc" else candidates(material)[0]
+    found = ranked[:SETTINGS]
     rank = int(setting["candidate"])
     if setting.get("feature") in found:
         return int(setting["feature"])

@@ -4,14 +4,10 @@ A comparison without a behaviour, without what each arm may use, without the for
 model is deployed or without a budget of damage can be won by any arm; so it is refused.
 """
 
-import dataclasses
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection
+from dataclasses import dataclass
 
-from saesteer.core import tables
 from saesteer.errors import ConfigError, did_you_mean
 from saesteer.world import lexicon
 
@@ -148,7 +144,7 @@ class Primary:
 
 @dataclass(frozen=True)
 class Problem:
-    """A whole problem; in the file its fields stand in blocks, see `BLOCKS`.
+    """A whole problem; in its file the fields stand in blocks, see `problem_file`.
 
     Attributes:
         deployment: how the pairs are given to the model: "completion", "ab" (letters) or "chat".
@@ -186,8 +182,8 @@ class Problem:
         names = [behaviour.name for behaviour in self.behaviours]
         if not names or len(set(names)) < len(names) or not all(names):
             raise ConfigError(f"behaviours are called {names}; at least one, each by its own name")
-        _one_of("[deployment] format", self.deployment, DEPLOYMENTS)
-        _one_of("[deployment] positions", self.positions, POSITIONS)
+        one_of("[deployment] format", self.deployment, DEPLOYMENTS)
+        one_of("[deployment] positions", self.positions, POSITIONS)
         if self.delta_ce not in DELTAS:
             raise ConfigError(f"[cost] delta_ce is {self.delta_ce:g}; one of {DELTAS}")
         if not self.n or min(self.n) < 1 or list(self.n) != sorted(set(self.n)):
@@ -203,158 +199,10 @@ class Problem:
             raise ConfigError(f"[grid] layers: {len(self.layers)} of them; four at most")
         if not all(0 <= share <= 1 for share in self.noise):
             raise ConfigError(f"[grid] noise is {list(self.noise)}; shares from 0 to 1")
-        for scorer in self.scorers:
-            _one_of("[scoring] scorers", scorer, (*SCORERS, "classifier", "judge"))
 
 
-# Block of the file → its keys, and the fields they fill. Behaviours, affordances, splits and
-# primary are blocks of their own classes.
-BLOCKS: dict[str, dict[str, str]] = {
-    "deployment": {"format": "deployment", "positions": "positions"},
-    "cost": {"delta_ce": "delta_ce", "text": "text", "choices": "choices"},
-    "grid": {key: key for key in ("n", "headline_n", "strengths", "layers", "noise")},
-    "scoring": {"scorers": "scorers"},
-}
-_CLASSES = {"behaviour": "behaviours", "affordances": "", "splits": "", "primary": ""}
-_TOP = ("arms", "preset")
-
-EXAMPLES = {
-    "behaviour": '[[behaviour]]\nname = "happy"\ntemplate = "happy-sad.templates.toml"\n'
-    'query = "happy"\nwords = ["happy", "glad", "cheerful"]',
-    "affordances": "[affordances]\nlabels = true\nweights = false\ntokens = 0\nsae = true\n"
-    "description = false",
-    "deployment": '[deployment]\nformat = "completion"\npositions = "all"',
-    "cost": "[cost]\ndelta_ce = 0.25",
-    "splits": "[splits]\nfit = 0.4\nvalidation = 0.1\ntest = 0.5",
-    "grid": "[grid]\nn = [1, 3, 8, 32, 128, 256]\nheadline_n = 128\nstrengths = 14",
-    "scoring": '[scoring]\nscorers = ["lexicon", "relevance", "fluency"]',
-    "primary": '[primary]\nfamily = ["sae-clamp vs mean-difference"]\nmargin = 0.1',
-}
-"""For each block what it looks like, to copy."""
-
-
-def read(path: str | Path) -> Problem:
-    """Read a problem.toml; files it names are looked for beside it.
-
-    Raises:
-        ConfigError: it is missing or no TOML; a block is missing (with one to copy); a key or a
-            value is wrong.
-    """
-    path = Path(path)
-    problem = parse(tables.read(path), str(path))
-    behaviours = tuple(
-        dataclasses.replace(
-            one,
-            pairs=_beside(path, one.pairs),
-            template=_beside(path, one.template),
-            ood=_beside(path, one.ood),
-            prompts=_beside(path, one.prompts),
-        )
-        for one in problem.behaviours
-    )
-    return dataclasses.replace(
-        problem,
-        behaviours=behaviours,
-        text=_beside(path, problem.text),
-        choices=_beside(path, problem.choices),
-    )
-
-
-def parse(values: Mapping[str, Any], where: str) -> Problem:
-    """A problem from the tables of its file. Raises as `read`."""
-    blocks = (*_CLASSES, *BLOCKS)
-    for block in values:
-        if block not in (*blocks, *_TOP):
-            raise ConfigError(
-                f"{where}: unknown block {block!r}{did_you_mean(block, blocks)}; expected "
-                f"{', '.join((*blocks, *_TOP))}"
-            )
-    for block in blocks:
-        if block not in values:
-            raise ConfigError(
-                f"{where} has no block [{block}], and a comparison without one says nothing; "
-                f"copy this and change it:\n{EXAMPLES[block]}"
-            )
-    flat: dict[str, Any] = {key: values[key] for key in _TOP if key in values}
-    for block, fields in BLOCKS.items():
-        for key, value in _table(values[block], block, where).items():
-            if key not in fields:
-                raise ConfigError(
-                    f"{where} [{block}]: unknown key {key!r}{did_you_mean(key, fields)}; expected "
-                    f"one of {', '.join(fields)}"
-                )
-            flat[fields[key]] = value
-    for key in ("affordances", "splits", "primary"):
-        flat[key] = _table(values[key], key, where)
-    given = values["behaviour"]
-    if not isinstance(given, list) or not all(isinstance(one, dict) for one in given):
-        raise ConfigError(f"{where}: write [[behaviour]] with two brackets, once for each")
-    missing = [
-        key for key, block in (("deployment", "deployment"), ("delta_ce", "cost"))
-        if key not in flat
-    ]  # fmt: skip
-    for key in missing:
-        block = "cost" if key == "delta_ce" else key
-        raise ConfigError(f"{where}: [{block}] has no {key}; copy this:\n{EXAMPLES[block]}")
-    for key in ("family", "margin"):
-        if key not in flat["primary"]:
-            raise ConfigError(f"{where}: [primary] has no {key}; copy this:\n{EXAMPLES['primary']}")
-    behaviours = []
-    for i, one in enumerate(given, 1):
-        if not one.get("name"):
-            raise ConfigError(f"{where}: behaviour {i} has no name; give it one")
-        behaviours.append(tables.build(Behaviour, one, f"{where} [[behaviour]] {i}"))
-    rest = tables.build(_Flat, flat, where)
-    return Problem(behaviours=tuple(behaviours), **vars(rest))
-
-
-def to_dict(problem: Problem) -> dict[str, Any]:
-    """The blocks as they stand in a file; `parse` gives the problem back."""
-    values: dict[str, Any] = {"arms": list(problem.arms), "preset": problem.preset}
-    values["behaviour"] = [
-        {key: value for key, value in _plain(one).items() if value or key == "name"}
-        for one in problem.behaviours
-    ]
-    for key in ("affordances", "splits", "primary"):
-        values[key] = _plain(getattr(problem, key))
-    for block, fields in BLOCKS.items():
-        values[block] = {key: _listed(getattr(problem, name)) for key, name in fields.items()}
-    return values
-
-
-# The fields of a problem that its file gives in blocks, for the checks of their types.
-_Flat = dataclasses.make_dataclass(
-    "_Flat",
-    [
-        (f.name, f.type, field(default=None if f.default is dataclasses.MISSING else f.default))
-        for f in dataclasses.fields(Problem)
-        if f.name != "behaviours"
-    ],
-    frozen=True,
-)
-
-
-def _plain(value: Any) -> dict[str, Any]:
-    return {key: _listed(one) for key, one in dataclasses.asdict(value).items()}
-
-
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _table(value: Any, block: str, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ConfigError(f"{where}: {block!r} is a table; copy this:\n{EXAMPLES[block]}")
-    return value
-
-
-def _beside(path: Path, name: str) -> str:
-    """A file that stands beside the problem by its whole path; other names as they are."""
-    beside = path.parent / name
-    return str(beside) if name and beside.is_file() else name
-
-
-def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
+def one_of(what: str, value: str, known: Collection[str]) -> None:
+    """Refuse a value that isn't among those known: ConfigError."""
     if value not in known:
         raise ConfigError(
             f"{what} is {value!r}{did_you_mean(value, known)}; one of {', '.join(known)}"

@@ -3,15 +3,8 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from saesteer.compare.problem import (
-    DELTAS,
-    Affordances,
-    Behaviour,
-    Primary,
-    Problem,
-    Splits,
-    to_dict,
-)
+from saesteer.compare.problem import DELTAS, Affordances, Behaviour, Primary, Problem, Splits
+from saesteer.compare.problem_file import to_dict
 from saesteer.core import tables
 from saesteer.core.files import written_aside
 from saesteer.errors import ConfigError

@@ -10,7 +10,8 @@ from saesteer.compare import report_charts as charts
 from saesteer.compare import report_tables as tables
 from saesteer.compare import report_texts as texts
 from saesteer.compare import report_words as words
-from saesteer.compare.problem import Problem, parse
+from saesteer.compare.problem import Problem
+from saesteer.compare.problem_file import parse
 from saesteer.compare.report_numbers import (
     UNIT,
     Result,

@@ -3,7 +3,8 @@
 import textwrap
 
 from saesteer.compare import report_words as words
-from saesteer.compare.problem import Problem, parse
+from saesteer.compare.problem import Problem
+from saesteer.compare.problem_file import parse
 from saesteer.compare.report_numbers import (
     NONE,
     Result,

@@ -197,12 +197,12 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Estimate:
 def claimable(n_concepts: int) -> Claim:
     """Whether that many concepts carry a claim across concepts, or one a concept only."""
     if n_concepts >= CONCEPTS_FOR_CLAIM:
-        return Claim(True, f"{n_concepts} concepts: claims across concepts, concepts resampled")
+        return Claim(True, f"{n_concepts} concepts: claims across concepts, concepts resampled.")
     return Claim(
         False,
         f"{n_concepts} {'concept' if n_concepts == 1 else 'concepts'}: a claim across concepts "
         f"needs {CONCEPTS_FOR_CLAIM} or more. Prompts are resampled within each concept, and what "
-        "is said holds for these concepts only",
+        "is said holds for these concepts only.",
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from saesteer.compare import metrics, statistics, tuning
 from saesteer.compare.claims import comparisons, n_star_of
@@ -147,7 +148,7 @@ def _on_curve(trial: Trial, one: Tested) -> dict[str, Any]:
         "draws": len(one.values[delta]),
         "effect": _estimate(trial, one.gains(delta, trial.base_margins("test"))),
         "delta_ce": _mean_cost(one.values[delta], "delta_ce"),
-        "anti_steerable": _estimate(trial, np.stack(found) < 0) if found else None,
+        "anti_steerable": _share(np.stack(found) < 0) if found else None,
     }
 
 
@@ -223,6 +224,14 @@ def _relative_ood(inside: Floats | None, outside: Floats | None) -> float | None
 
 def _summary(slopes: Floats | None) -> dict[str, Any] | None:
     return None if slopes is None else asdict(metrics.slope_summary(slopes))
+
+
+def _share(negative: NDArray[np.bool_]) -> dict[str, Any]:
+    """The share over draws [draws, n], with Wilson's interval as of n prompts: draws of one prompt
+    are no new prompts."""
+    n = negative.shape[1]
+    found = statistics.wilson(round(float(negative.mean()) * n), n)
+    return {**asdict(found), "value": float(negative.mean())}
 
 
 def _estimate(trial: Trial, values: Any) -> dict[str, Any]:

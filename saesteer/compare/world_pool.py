@@ -124,7 +124,7 @@ def pair_features(
     """For each SAE, a_f(chosen) − a_f(rejected) of each pair [pairs, d_sae], and max a_f [d_sae].
 
     Activations are read token by token and averaged over the answer. The mean over the pairs is
-    what `arms.features.activation_differences` gives; here draws of pairs share one pass.
+    what `arms.candidates.activation_differences` gives; here draws of pairs share one pass.
     The SAEs read at one hook point.
 
     Raises:

@@ -1,7 +1,8 @@
 """The arms of a comparison by name: each a function of a `Material` and options of its own.
 
 vectors              directions and maps, by the names of `directions.methods`
-features, targeted   features of an SAE, and vectors made for one
+candidates, features, targeted
+                     features of an SAE chosen from the pairs, and vectors made for one
 prompts              what is put before a prompt
 adapters             what is trained; needs the extra `finetune`
 """
@@ -62,6 +63,12 @@ ARMS: dict[str, Arm] = {
         features.sae_add,
         "add the direction of the feature that differs most, times strength · max_act",
         "Wu et al. 2025, arXiv 2501.17148",
+        "edits",
+    ),
+    "sae-auroc": Arm(
+        features.sae_auroc,
+        "hold the feature that best tells the answers apart (AUROC) at strength · max_act",
+        "as sae-clamp; chosen as Wu et al. 2025, arXiv 2501.17148, choose for detection",
         "edits",
     ),
     "sae-topk": Arm(

@@ -1,9 +1,7 @@
 """Arms that steer with features of an SAE, chosen from the pairs.
 
-Features are ranked by how much more they are active on the chosen answers than on the rejected
-ones; those that fire on more than 1% of all tokens, and those most active on BOS, are left out
-(Soo et al. 2025, FGAA, arXiv 2501.09929). Strengths count in units of max_act, the highest
-activation in the index.
+Which features, `arms.candidates` says. Strengths count in units of max_act, the highest activation
+in the index.
 """
 
 from collections.abc import Sequence
@@ -12,93 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from saesteer.compare.arms.candidates import DENSEST, by_auroc, candidates
 from saesteer.compare.prepared import Material, Prepared
-from saesteer.core.hooks import reading
-from saesteer.core.model import EMBEDDED, special_token_ids
+from saesteer.core.model import EMBEDDED
 from saesteer.core.sae import Sae
-from saesteer.directions.answers import side_tokens
-from saesteer.directions.pairs import Pair
 from saesteer.effects import output_score
-from saesteer.effects.damage import padded
 from saesteer.effects.planted_causes import neutral_prompts
-from saesteer.errors import FeatureError, PairsError, SteeringError
+from saesteer.errors import FeatureError, SteeringError
 from saesteer.features.search import Index
 from saesteer.steering.conditions import When
 from saesteer.steering.edits import Add, Clamp, Edit
-
-DENSEST = 0.01
-"""Features that fire on a larger share of all tokens are about nothing in particular."""
-
-
-def activation_differences(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    sae: Sae,
-    pairs: Sequence[Pair],
-    *,
-    batch_size: int = 32,
-) -> Tensor:
-    """Mean over pairs of a_f(chosen) − a_f(rejected), each the mean over the answer: [d_sae].
-
-    Features are read token by token, and means taken of activations: an encoder is not linear.
-    Special tokens in an answer are left out. float64 on the CPU.
-
-    Raises:
-        PairsError: an answer without tokens.
-    """
-    special = special_token_ids(model, tokenizer)
-    sides, weights = [], []
-    for number, pair in enumerate(pairs, 1):
-        for answer, sign in ((pair.chosen, 1.0), (pair.rejected, -1.0)):
-            side = side_tokens(tokenizer, pair.prompt, answer)
-            plain = [i for i in range(side.start, len(side.ids)) if side.ids[i] not in special]
-            if not plain:
-                raise PairsError(f"pair {number}: {answer!r} has no tokens to read; give it text")
-            row = torch.zeros(len(side.ids), dtype=torch.float64)
-            row[plain] = sign / len(plain) / len(pairs)
-            sides.append(side.ids)
-            weights.append(row)
-    order = sorted(range(len(sides)), key=lambda i: len(sides[i]))
-    total = torch.zeros(sae.d_sae, dtype=torch.float64)
-    with reading(model, [sae.hook_point]) as read, torch.no_grad():
-        for first in range(0, len(order), batch_size):
-            some = order[first : first + batch_size]
-            ids, mask = padded([sides[i] for i in some])
-            x = read(ids, mask)[sae.hook_point]
-            weight = torch.nn.utils.rnn.pad_sequence([weights[i] for i in some], batch_first=True)
-            wanted = weight != 0  # padding may hold anything, NaN too
-            codes = sae.encode(x[wanted.to(x.device)])
-            values = codes.values.double().cpu() * weight[wanted][codes.rows.cpu()]
-            total.index_add_(0, codes.latents.cpu(), values)
-    return total
-
-
-def candidates(material: Material, *, densest: float = DENSEST) -> tuple[list[int], Tensor]:
-    """Features that are more active on the chosen answers, the most so first; and differences.
-
-    Left out are those that the index never saw fire, those denser than `densest`, and those that
-    are more active on BOS than on any text. The differences are of all features, [d_sae].
-
-    Raises:
-        FeatureError: none is left. SaeError, IndexingError: see `Material.features`.
-    """
-    sae, index = material.features()
-    differences = activation_differences(material.model, material.tokenizer, sae, material.pairs)
-    density, max_act = (
-        torch.from_numpy(index.column(name).copy()) for name in ("density", "max_act")
-    )
-    kept = (differences > 0) & (max_act > 0) & (density <= densest)
-    kept &= _on_bos(material.model, material.tokenizer, sae) <= max_act
-    order = differences.argsort(descending=True, stable=True)
-    found = [int(feature) for feature in order if kept[feature]]
-    if not found:
-        raise FeatureError(
-            f"no feature is more active on the chosen answers and fires on at most {densest:g} of "
-            "all tokens; give more pairs, a larger `densest`, or an SAE of another layer"
-        )
-    return found, differences
 
 
 def sae_clamp(
@@ -130,6 +52,17 @@ def sae_add(
     chosen = candidates(material, densest=densest)[0][0] if feature is None else feature
     vector = _max_act(index, chosen) * sae.direction(chosen)
     return _adding("sae-add", material, vector, _notes(sae, [chosen]))
+
+
+def sae_auroc(
+    material: Material, *, feature: int | None = None, densest: float = DENSEST
+) -> Prepared:
+    """`sae_clamp` of the feature that best tells chosen from rejected answers, by its AUROC.
+
+    feature: None takes the first of `by_auroc`.
+    """
+    chosen = by_auroc(material, densest=densest)[0] if feature is None else feature
+    return replace(sae_clamp(material, feature=chosen), arm="sae-auroc")
 
 
 def sae_topk(material: Material, *, k: int = 8, densest: float = DENSEST) -> Prepared:
@@ -247,15 +180,4 @@ def _max_act(index: Index, feature: int) -> float:
             f"feature {feature} never fired in the indexed text, so its max_act is no unit; "
             "choose another"
         )
-    return found
-
-
-def _on_bos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sae: Sae) -> Tensor:
-    """Each feature's activation on BOS, [d_sae]; zeros where the tokenizer has none."""
-    found = torch.zeros(sae.d_sae)
-    if tokenizer.bos_token_id is None:
-        return found
-    with reading(model, [sae.hook_point]) as read, torch.no_grad():
-        codes = sae.encode(read(torch.tensor([[tokenizer.bos_token_id]]))[sae.hook_point])
-    found[codes.latents.cpu()] = codes.values.float().cpu()
     return found

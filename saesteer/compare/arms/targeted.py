@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from saesteer.compare.arms.features import DENSEST, candidates
+from saesteer.compare.arms.candidates import DENSEST, candidates
 from saesteer.compare.prepared import Material, Prepared
 from saesteer.core.generate import prompt_ids
 from saesteer.core.hooks import activations
