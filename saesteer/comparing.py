@@ -2,11 +2,12 @@
 
 problem.toml       the exact configuration
 evaluations.jsonl  what was evaluated, each once; a killed comparison goes on from it
-looks.json         how many passes looked at the test split
 prompts.csv        every per-prompt figure
 texts.jsonl        every generated text, with its scores
 report.json        all figures
 report.html        the report, one file
+
+The run's own looks.json counts how many passes looked at each test split, in whatever folder.
 """
 
 import csv
@@ -24,6 +25,7 @@ from saesteer import __version__
 from saesteer.compare import (
     across,
     afterwards,
+    contenders,
     generation,
     ledger,
     presets,
@@ -31,16 +33,24 @@ from saesteer.compare import (
     sae_cost,
     splits,
 )
+from saesteer.compare.arms import ARMS
 from saesteer.compare.evaluate import Bench
 from saesteer.compare.problem import DELTAS, Problem
 from saesteer.compare.problem_file import to_dict
-from saesteer.compare.protocol import Compared, compare_behaviour
+from saesteer.compare.protocol import Compared, choose_all, test_all
 from saesteer.compare.store import Store
 from saesteer.compare.trial import Trial
 from saesteer.core import tables
 from saesteer.core.files import alone, write_json, written_aside
 from saesteer.core.model import fingerprint
-from saesteer.errors import ConfigError, IndexingError, SaeError, TextError
+from saesteer.errors import (
+    ConfigError,
+    IndexingError,
+    SaeError,
+    SteeringError,
+    TextError,
+    did_you_mean,
+)
 from saesteer.run import Run
 from saesteer.run_text import has_cache, text_source
 
@@ -72,14 +82,15 @@ def compare(
 
     Raises:
         ConfigError: the budget is under 1, or there is no such preset. RunError: the folder holds
-            another comparison, or another process works in it. TextError: no clean text.
-            PairsError: see `splits.split`.
+            another comparison, or another process works in it. SteeringError: there is no such
+            arm. TextError: no clean text. PairsError: see `splits.split`.
     """
     if budget is not None and budget < 1:
         raise ConfigError(f"--budget {budget}: 1 or more validation evaluations an arm")
     begin = time.monotonic()
     if problem.preset:
         presets.preset(problem.preset)
+    _check_arms(problem)
     texts = clean_texts(run, problem.text)
     parts = [
         splits.split(
@@ -102,7 +113,7 @@ def compare(
         "sae": None if sae is None else sae.hash,
     }
     with alone(out):
-        store = Store(out, config)
+        store = Store(out, config, run.path / "looks.json", _held_out(parts))
         with written_aside(out / "problem.toml") as aside:
             aside.write_text(tables.written(to_dict(problem)), encoding="utf-8")
         bench = Bench(run.model, run.tokenizer, texts, positions=problem.positions)
@@ -110,7 +121,9 @@ def compare(
             Trial(problem, behaviour, part, bench, store, sae, index, seed=seed, budget=budget or 0)
             for behaviour, part in zip(problem.behaviours, parts, strict=True)
         ]
-        compared = [compare_behaviour(trial) for trial in trials]
+        # Not the test items of one behaviour either, before all have chosen.
+        choices = [choose_all(trial) for trial in trials]
+        compared = [test_all(*each) for each in zip(trials, choices, strict=True)]
         written = [
             afterwards.complete(trial, one, texts=texts[1::2], judge=judge)
             for trial, one in zip(trials, compared, strict=True)
@@ -122,7 +135,17 @@ def compare(
         result["looks_at_test"] = store.looks
         result["seconds"] = round(time.monotonic() - begin, 1)
         _write(out, result, compared, [record for one in written for record in one.records])
+        store.finish()
     return result
+
+
+def _check_arms(problem: Problem) -> None:
+    known = (*ARMS, contenders.SEARCH)
+    for name in contenders.names(problem):
+        if name not in known:
+            raise SteeringError(
+                f"no arm {name!r}{did_you_mean(name, known)}: there are {', '.join(known)}"
+            )
 
 
 def _digest(run: Run, problem: Problem, parts: Sequence[splits.Split], texts: Sequence[str]) -> str:
@@ -136,8 +159,16 @@ def _digest(run: Run, problem: Problem, parts: Sequence[splits.Split], texts: Se
         for behaviour, part in zip(problem.behaviours, parts, strict=True)
     ]
     choices = afterwards.choices(problem, run.tokenizer)
-    named = repr([parts, list(texts), prompts, choices])
-    return hashlib.sha256(named.encode("utf-8", "replace")).hexdigest()[:16]
+    return _hashed([parts, list(texts), prompts, choices])
+
+
+def _held_out(parts: Sequence[splits.Split]) -> str:
+    """Of the held-out items alone: with other clean text or choices it is the same test split."""
+    return _hashed([(part.test, part.ood) for part in parts])
+
+
+def _hashed(value: object) -> str:
+    return hashlib.sha256(repr(value).encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def clean_texts(run: Run, source: str) -> list[str]:

@@ -186,7 +186,7 @@ def _arm(name: str, kind: str, top: float, rng: np.random.Generator) -> dict[str
             {"prompt": "The dog", "chosen": " ran.", "rejected": " hid.", "gain": -0.205,
              "before": None, "after": None},
         ] if steered else [],
-        "validation_evaluations": 56 if steered else 0, "failed_draws": 0,
+        "validation_evaluations": 56 if kind != "none" else 0, "failed_draws": 0,
         "ledger": {"labels": 128, "lm_tokens": 81_920, "flops": 4.4e10, "seconds": 12.25},
     }  # fmt: skip
 
@@ -195,5 +195,6 @@ def comparison(a: str, b: str, difference: float, verdict: str, p: float = 0.012
     """A primary comparison that came out so."""
     return {
         "a": a, "b": b, "difference": estimate(difference, 0.1), "p": p / 2, "p_holm": p,
-        "tost_p": 0.034, "verdict": verdict, "primary": True,
+        "tost_p": 0.034, "tost_p_holm": 0.041, "by_group": None, "verdict": verdict,
+        "primary": True,
     }  # fmt: skip

@@ -63,5 +63,5 @@ def a_trial(folder: Path, problem: Problem, *, store: str = "store", **more: Any
         "index": index,
         "budget": 4,
     } | more
-    kept = Store(folder / store, to_dict(problem))
+    kept = Store(folder / store, to_dict(problem), folder / f"{store}-looks.json", "data")
     return Trial(problem, problem.behaviours[0], store=kept, **given)

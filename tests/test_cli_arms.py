@@ -31,6 +31,7 @@ TRAINS = ["sft-lora", "dpo-lora", "sft-augmented", "context-distillation"]
 EDITS = {
     "sae-clamp": "--set densest=1",
     "sae-add": "--set densest=1",
+    "sae-auroc": "--set densest=1",
     "sae-topk": "--set densest=1 --set k=3",
     "sae-output-filtered": "--set densest=1 --set most=4 --set at_least=-1",
     "sae-ts": "--set densest=1 --set n=16 --set max_new_tokens=16",

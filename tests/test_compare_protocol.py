@@ -7,22 +7,33 @@ import numpy as np
 import pytest
 import torch
 
-from saesteer.compare import contenders
+from saesteer.compare import contenders, protocol
 from saesteer.compare.evaluate import Bench
 from saesteer.compare.prepared import Prepared, margins_of
 from saesteer.compare.problem import Affordances, Primary
 from saesteer.compare.problem_file import to_dict
-from saesteer.compare.protocol import compare_behaviour
 from saesteer.compare.store import Store
+from saesteer.compare.trial import Trial
 from saesteer.core.points import HookPoint
 from saesteer.directions.pairs import Pair
 from saesteer.effects.damage import Reference
-from saesteer.errors import PairsError, SteeringError
+from saesteer.errors import PairsError, SaesteerError, SteeringError
 from saesteer.steering.edits import Add
 from saesteer.steering.positions import Positions
 from tests.some_material import an_index
 from tests.some_trial import TEXTS, a_bench, a_problem, a_split, a_trial
 from tests.tiny import WIDTH, tiny_model, tiny_sae
+
+
+def compare(trial):
+    return protocol.test_all(trial, protocol.choose_all(trial))
+
+
+def a_store(trial):
+    """Of the same folder, as the next process opens it."""
+    folder = trial.store.folder
+    looks = folder.with_name(f"{folder.name}-looks.json")
+    return Store(folder, to_dict(trial.problem), looks, "data")
 
 
 def without_seconds(report):
@@ -40,7 +51,7 @@ def choices(report):
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     trial = a_trial(tmp_path_factory.mktemp("compared"), a_problem(n=(1, 32)))
-    return trial, compare_behaviour(trial)
+    return trial, compare(trial)
 
 
 def test_every_arm_gets_the_same_budget_and_it_is_counted(compared):
@@ -99,7 +110,7 @@ def test_test_labels_change_no_choice(compared, tmp_path):
         for item in trial.split.test
     )
     other = a_trial(tmp_path, a_problem(), split=replace(trial.split, test=swapped))
-    again = compare_behaviour(other)
+    again = compare(other)
     assert choices(again.report) == choices(found.report)
     assert again.report["base"]["margin"]["value"] == pytest.approx(
         -found.report["base"]["margin"]["value"], abs=1e-6
@@ -119,11 +130,11 @@ def test_a_killed_comparison_goes_on_to_the_same_result(compared, tmp_path, monk
 
     monkeypatch.setattr(Bench, "evaluate", killed)
     with pytest.raises(KeyboardInterrupt):
-        compare_behaviour(trial)
+        compare(trial)
     with (trial.store.folder / "evaluations.jsonl").open("a") as file:
         file.write('{"key": {"arm": "mean-diff')
     monkeypatch.undo()
-    again = compare_behaviour(a_trial(tmp_path, a_problem(n=(1, 32))))
+    again = compare(a_trial(tmp_path, a_problem(n=(1, 32))))
     assert without_seconds(again.report) == without_seconds(found.report)
     assert again.rows == found.rows
 
@@ -134,17 +145,17 @@ def test_what_is_finished_is_computed_no_more(compared, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("computed again")
 
-    other = replace(trial, store=Store(trial.store.folder, to_dict(trial.problem)))
+    other = replace(trial, store=a_store(trial))
     monkeypatch.setattr(Bench, "evaluate", refuse)
     monkeypatch.setattr(contenders, "prepare", refuse)
-    assert compare_behaviour(other).report == found.report
+    assert compare(other).report == found.report
     assert other.store.looks == 1
 
 
 def test_random_has_twenty_directions_of_the_same_pairs(tmp_path):
     problem = a_problem(arms=("random",), layers=("layers.1.resid_post",))
     trial = a_trial(tmp_path, problem)
-    made = next(iter(compare_behaviour(trial).tuned.values())).made
+    made = next(iter(compare(trial).tuned.values())).made
     assert trial.store.count(arm="random", split="test", text=True) % 20 == 0
     first, second = (trial.material(replace(made, draw=draw)) for draw in (0, 1))
     assert first.pairs == second.pairs and first.seed != second.seed
@@ -156,7 +167,7 @@ def test_arms_that_may_not_run_say_why(tmp_path):
         affordances=Affordances(),
         n=(32,),
     )
-    found = compare_behaviour(a_trial(tmp_path, problem, sae=None, index=None))
+    found = compare(a_trial(tmp_path, problem, sae=None, index=None))
     why = {one["what"].removeprefix("sea: "): one["why"] for one in found.not_run}
     assert "the run has no SAE" in why["sae-clamp"]
     assert "weights is false" in why["sft-lora"]
@@ -173,20 +184,73 @@ def test_an_arm_that_fails_ends_with_its_message_and_not_the_comparison(tmp_path
     (tmp_path / "dense").mkdir()
     figures = {feature: {"density": 0.5} for feature in range(64)}
     trial.index = an_index(tmp_path / "dense", trial.sae, figures=figures)
-    found = compare_behaviour(trial)
+    found = compare(trial)
     (one,) = found.not_run
     assert one["what"] == "sea: sae-add n=32" and "no feature is more active" in one["why"]
     assert [arm["arm"] for arm in found.report["arms"]] == ["none", "mean-difference"]
 
 
+def test_choosing_looks_at_no_test_item(tmp_path):
+    trial = a_trial(tmp_path, a_problem())
+    protocol.choose_all(trial)
+    assert {key.get("split") for key, _ in trial.store.select()} == {None, "validation"}
+    assert trial.store.looks == 0
+
+
+def test_a_package_that_is_missing_is_told_and_not_kept(compared, tmp_path, monkeypatch):
+    _, found = compared
+    prepare = contenders.prepare
+    only = a_problem(n=(1, 32))
+
+    def missing(contender, *given, **how):
+        if contender.arm == "sae-clamp":
+            raise SaesteerError("fine-tuning needs peft")
+        return prepare(contender, *given, **how)
+
+    def without():
+        with monkeypatch.context() as patch:
+            patch.setattr(contenders, "prepare", missing)
+            return compare(a_trial(tmp_path, only))
+
+    def told(one):
+        return {entry["what"]: entry["why"] for entry in one.not_run}
+
+    why = dict.fromkeys(("sea: sae-clamp n=32", "sea: sae-clamp n=1"), "fine-tuning needs peft")
+    # Before it is made, before α_max is known, and before it is tested.
+    first = without()
+    assert told(first) == why and ("sae-clamp", 32, 0.0) not in first.tuned
+    trial = a_trial(tmp_path, only)
+    assert trial.store.count(arm="sae-clamp") == 0 < trial.store.count(arm="mean-difference")
+    find = Trial.ceiling
+
+    def interrupted(self, made, *given):
+        if made.contender.arm == "sae-clamp":
+            raise KeyboardInterrupt
+        return find(self, made, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trial, "ceiling", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compare(trial)
+    kinds = {key.get("kind") for key, _ in a_trial(tmp_path, only).store.select(arm="sae-clamp")}
+    assert kinds == {"making"}
+    assert told(without()) == why
+    protocol.choose_all(a_trial(tmp_path, only))
+    second = without()
+    assert told(second) == why and ("sae-clamp", 32, 0.0) not in second.tuned
+    assert "sae-clamp" not in {arm["arm"] for arm in second.report["arms"]}
+    again = compare(a_trial(tmp_path, only))
+    assert again.not_run == [] and again.rows == found.rows
+
+
 def test_prompts_are_settings_without_strengths(tmp_path):
     problem = a_problem(arms=("few-shot",), affordances=Affordances(tokens=-1), n=(32,))
-    found = compare_behaviour(a_trial(tmp_path, problem))
+    found = compare(a_trial(tmp_path, problem))
     (arm,) = found.report["arms"][1:]
     assert arm["kind"] == "prompt" and arm["alpha_max"] is None and arm["slope"]["raw"] is None
     assert arm["validation_evaluations"] == 4 == len(arm["dose"]) * 4
     short = a_problem(arms=("few-shot",), affordances=Affordances(tokens=20), n=(32,))
-    (why,) = compare_behaviour(a_trial(tmp_path, short, store="short")).not_run
+    (why,) = compare(a_trial(tmp_path, short, store="short")).not_run
     assert "tokens longer" in why["why"]
 
 
@@ -197,7 +261,7 @@ def test_noise_is_for_the_arms_of_the_family(tmp_path):
         n=(32,),
         primary=Primary(("mean-difference vs none",), 0.1),
     )
-    found = compare_behaviour(a_trial(tmp_path, problem))
+    found = compare(a_trial(tmp_path, problem))
     assert [(arm["arm"], arm["noise"]) for arm in found.report["arms"]] == [
         ("none", 0.0),
         ("mean-difference", 0.0),
@@ -208,9 +272,9 @@ def test_noise_is_for_the_arms_of_the_family(tmp_path):
 
 def test_too_few_pairs_for_the_headline_are_refused(tmp_path):
     with pytest.raises(PairsError, match="headline takes 64 pairs"):
-        compare_behaviour(a_trial(tmp_path, a_problem(headline_n=64)))
+        compare(a_trial(tmp_path, a_problem(headline_n=64)))
     with pytest.raises(SteeringError, match="no arm 'mean-diff'"):
-        compare_behaviour(a_trial(tmp_path, a_problem(arms=("mean-diff",)), store="other"))
+        compare(a_trial(tmp_path, a_problem(arms=("mean-diff",)), store="other"))
 
 
 def test_margins_and_costs_are_those_of_the_rooms_below(tmp_path):

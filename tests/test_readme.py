@@ -242,7 +242,7 @@ def test_the_page_on_comparison(mine, capsys):
     names = {name for cell in told for name in re.findall(r"`([a-z]+\.[a-z]+)`", cell)}
     assert names - {path.name for path in out.iterdir()} == {"judge.jsonl"}
     quick = json.loads((mine / "quick/report.json").read_text())
-    assert quick["budget"] == 4 and quick["looks_at_test"] == 1
+    assert quick["budget"] == 4 and quick["looks_at_test"] == 2
     arms = {arm["arm"] for arm in quick["behaviours"][0]["arms"]}
     # every feature of so small an SAE fires on more than 1% of the tokens
     missed = {one["what"] for one in quick["not_run"]}

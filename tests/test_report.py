@@ -8,8 +8,6 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from some_report import ARMS, DELTAS, N, comparison, estimate, report
 
 from saesteer.compare import report_plots as plots
@@ -173,6 +171,7 @@ def without(value: Any, kept: tuple[str, ...] = ()) -> Any:
     gone = {
         "effect", "delta_ce", "kl", "relative_size", "chosen", "slope", "ood", "relative_ood",
         "choices", "generation", "alpha_max", "alpha_break", "u", "p", "p_holm", "tost_p", "low",
+        "tost_p_holm", "by_group",
         "high", "explained_variance", "d_sae", "sae", "anti_steerable", "seconds", "flops",
         "n_star", "k_star", "matrix", "across", "world", "entropy", "sae_training", "indexing",
     } - set(kept)  # fmt: skip
@@ -221,6 +220,21 @@ def test_few_behaviours_show_no_figures_across() -> None:
     assert "Over 16 behaviours: mean-difference beats sae-clamp by 0.777" in parsed(many).text
 
 
+def test_what_is_found_over_templates_is_on_the_page() -> None:
+    result = report("a")
+    claim = result["behaviours"][0]["comparisons"][0]
+    assert "over templates" not in parsed(result).text
+    over = {**estimate(-0.26, 0.69), "how": "5 groups resampled"}
+    claim["by_group"] = {"groups": 5, "difference": over, "p": 0.321}
+    text = parsed(result).text
+    for said in (
+        "over templates", "-0.260 [-0.950, 0.430]", "0.321", "5 groups resampled", "TOST, Holm",
+        "for these wordings; over the 5 templates it isn't told: 0.260 [-0.430, 0.950].",
+    ):  # fmt: skip
+        assert said in text
+    assert "over the 5 templates" in " ".join(report_view.shown(result).split())
+
+
 def test_a_world_is_on_the_page() -> None:
     flag = {
         "failure": "read-only", "statistic": "effect", "value": 0.013, "low": -0.02, "high": 0.04,
@@ -242,12 +256,6 @@ def test_a_foreign_problem_is_refused() -> None:
         render(report(problem={}))
 
 
-def test_lines_differ_by_dash_and_marker() -> None:
-    """A grey print tells them apart: no two styles share both."""
-    looks = {re.sub(r'class="[^"]*"', "", plots.key(style)) for style in range(plots.STYLES)}
-    assert len(looks) == plots.STYLES
-
-
 def test_an_arm_looks_the_same_everywhere() -> None:
     result = report()
     problem = parse(result["problem"], "here")
@@ -256,35 +264,6 @@ def test_an_arm_looks_the_same_everywhere() -> None:
     assert [first[name] for name in family] == [0, 1, 2]
     assert second["mean-difference"] == 1 and "sae-clamp" not in second
     assert len(first) <= plots.STYLES and "random" in first
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    st.lists(st.tuples(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6), st.floats(0, 1e3)), max_size=8),
-    st.booleans(),
-)
-def test_every_point_is_drawn_within_the_plot(
-    given: list[tuple[float, float, float]], log: bool
-) -> None:
-    points = [plots.Point(x, y, y - half, y + half) for x, y, half in given]
-    svg = plots.lines(
-        [plots.Line(points, 0)], x_label="x", y_label="y", name="a plot", x_log=log, y_log=log
-    )
-    kept = [p for p in points if not log or min(p.x, p.y) > plots.LEAST]
-    assert bool(svg) == bool(kept)
-    places = re.findall(r'<circle[^>]*cx="([^"]+)" cy="([^"]+)"', svg)
-    assert len(places) == len(kept)
-    assert all(0 <= float(x) <= 480 and 0 <= float(y) <= 300 for x, y in places)
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50))
-@example([-0.01, 1.0])
-def test_bars_below_zero_hold_the_anti_steerable(values: list[float]) -> None:
-    svg = plots.histogram(values, ends=(min(values), max(values)), name="slopes")
-    drawn = re.findall(r'class="(below|above)"[^>]*height="([^"]+)"', svg)
-    below = sum(float(h) for kind, h in drawn if kind == "below")
-    assert (below > 0) == any(value < 0 for value in values)
 
 
 def test_the_terminal_view_is_80_columns() -> None:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from some_report import comparison, estimate, report
 
+from saesteer.compare import report_charts as charts
 from saesteer.compare import report_words as words
 from saesteer.compare.problem import Problem
 from saesteer.compare.problem_file import parse
@@ -44,7 +45,7 @@ def told(result: dict[str, Any]) -> str:
             "as good as",
             "The feature arm sae-clamp is as good as the vector mean-difference, within the margin "
             "of 0.100 set beforehand: the difference is 0.480 nats a token (interval 0.380 to "
-            "0.580, n = 200; TOST p = 0.034).",
+            "0.580, n = 200; TOST p = 0.041 after Holm).",
         ),
         (
             "undecided",
@@ -101,6 +102,13 @@ def test_two_arms_without_an_edit_are_not_as_good_as_each_other() -> None:
         "Nothing was compared of sae-clamp and mean-difference: no strength of either gained "
         "anything within ΔCE ≤ 0.1 on validation, so both made no edit."
     )
+    for one in arm(behaviour, "sae-clamp")["dose"]:
+        one["delta_ce"] += 0.1
+    assert words.verdicts(behaviour, problem)[0] == (
+        "Nothing was compared of sae-clamp and mean-difference: no strength of sae-clamp within "
+        "the cost ΔCE ≤ 0.1 was tried and no strength of mean-difference gained anything within "
+        "ΔCE ≤ 0.1 on validation, so both made no edit."
+    )
     result["behaviours"][1]["comparisons"] = behaviour["comparisons"]
     assert "no edit by either for 1" in words.tallies(result, problem)[0]
 
@@ -149,11 +157,21 @@ def test_limits_come_from_what_was_measured() -> None:
     silent = deepcopy(plain)
     for one in silent["behaviours"][0]["arms"]:
         one.update(ood=None, generation=None)
+    dear = [{**one, "delta_ce": 0.2} for one in arm(behaviour, "sae-clamp")["dose"]]
+    grouped = deepcopy(plain)
+    grouped["behaviours"][0]["comparisons"][0]["by_group"] = {
+        "groups": 25, "difference": estimate(-0.4), "p": 0.01,
+    }  # fmt: skip
     causes = {
+        "Intervals are over prompts of 25 templates (groups of pairs), and hold for these; choices "
+        "rest on 5 validation templates.": grouped,
+        "No strength of sae-clamp within the cost ΔCE ≤ 0.1 was tried; that counts": changed(
+            chosen={"0.1": None}, dose=dear
+        ),
         "was looked at 3 times": {**plain, "looks_at_test": 3},
         "Undecided is not a finding": undecided,
         "random moved the margin as well": random,
-        "No strength of sae-clamp": changed(chosen={"0.1": None}),
+        "No strength of sae-clamp gained": changed(chosen={"0.1": None}),
         "sae-clamp cost more than 0.1": changed(delta_ce={"0.1": 0.11}),
         "sae-clamp never reached": changed(alpha_max_reached=False),
         "were not equal": changed(validation_evaluations=12),
@@ -166,12 +184,67 @@ def test_limits_come_from_what_was_measured() -> None:
         assert line in told(result)
 
 
+def test_every_arm_with_fewer_looks_at_validation_is_named() -> None:
+    result = report("a")
+    for name, count in (("few-shot", 1), ("sft-lora", 8), ("random", 14)):
+        arm(result["behaviours"][0], name)["validation_evaluations"] = count
+    assert (
+        "Validation evaluations were not equal: random 14, few-shot 1 and sft-lora 8, where the "
+        "others had 56."
+    ) in told(result)
+
+
+@pytest.mark.parametrize("verdict", ["better", "worse", "as good as", "undecided"])
+@pytest.mark.parametrize(("half", "is_told"), [(0.2, True), (0.6, False), (None, False)])
+def test_templates_stand_beside_prompts(verdict: str, half: float | None, is_told: bool) -> None:
+    sign = -1 if verdict == "worse" else 1
+    found = comparison("a", "b", sign * 0.48, verdict)
+    assert "templates" not in words.sentence(found, None, 0.1)
+    found["by_group"] = {"groups": 5, "difference": estimate(sign * 0.26, half), "p": 0.2}
+    over = {0.2: "0.260 [0.060, 0.460]", 0.6: "0.260 [-0.340, 0.860]", None: "0.260"}[half]
+    sentence = words.sentence(found, None, 0.1)
+    if verdict in ("better", "worse") and not is_told:
+        assert f" for these wordings; over the 5 templates it isn't told: {over}." in sentence
+    else:
+        assert f" and over the 5 templates: {over}." in sentence
+        assert "wordings" not in sentence
+
+
+def test_no_k_star_without_an_edit_or_where_behaviours_differ() -> None:
+    result = report()
+    for one in result["behaviours"][1:]:  # the last has no arms of features
+        one["arms"] = deepcopy(result["behaviours"][0]["arms"])
+    first, second = (arm(one, "sae-clamp") for one in result["behaviours"])
+    assert words.k_star(result).startswith("K* = 738")
+    first["ledger"]["flops"] = second["ledger"]["flops"] = 1.0
+    assert words.k_star(result).startswith("K* = 738")
+    second["ledger"]["flops"] = 1e12
+    assert words.k_star(result) == (
+        "No K* can be told of sae-clamp and mean-difference: which of them costs less a concept "
+        "differs between behaviours, sae-clamp for happy-sad and mean-difference for day-night."
+    )
+    second["ledger"]["flops"] = 1.0
+    first["chosen"]["0.1"] = None
+    assert words.k_star(result) == (
+        "No K* can be told of sae-clamp and mean-difference: no edit of sae-clamp (for happy-sad) "
+        "was chosen at ΔCE ≤ 0.1."
+    )
+    assert "K* =" in charts.k_curve(report(), problem_of(report()))
+    assert "K* =" not in charts.k_curve(result, problem_of(result))
+
+
 def test_stars_in_words() -> None:
     result = report()
     one = result["behaviours"][0]
     assert words.n_star(one).startswith(
         "n* = 8: from so many pairs on, at every larger number tried too, mean-difference is no "
     )
+    assert "worse than sae-clamp on 128 pairs by more than 0.100" in words.n_star(one)
+    one["n_star"]["n"] = 1
+    assert words.n_star(one).startswith("n* is at most 1, the smallest tried: from so many")
+    assert "n* ≤ 1" in charts.n_curve(one, problem_of(result))
+    arm(one, "sae-clamp")["n"] = 0
+    assert "no worse than sae-clamp by more" in words.n_star(one)
     one["n_star"]["n"] = None
     assert "n* was not reached: at no number of pairs up to 256" in words.n_star(one)
     assert words.n_star(result["behaviours"][1]) == ""

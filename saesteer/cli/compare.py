@@ -55,7 +55,8 @@ def compare(
     Args:
         run: The run folder, with an SAE and an index where features are to take part.
         problem: A problem.toml; configs/problems/ holds some.
-        out: The folder of the comparison; by default RUN/compare/NAME-OF-THE-PROBLEM.
+        out: The folder of the comparison; by default RUN/compare/NAME-OF-THE-PROBLEM. In another
+            folder the same pairs are another look at the test split.
         arms: Only these, with commas between.
         n: Numbers of pairs of the curve, with commas between.
         budget: Validation evaluations of each arm, the same for all; by default 4 x strengths.
@@ -93,6 +94,15 @@ def compare(
         )
         return
     if world:
+        _check_world(
+            {
+                "a problem": problem,
+                "--out": out,
+                "--resume": resume or None,
+                "--preset": preset,
+                "--budget": budget,
+            }
+        )
         planted = _demo(seed) if run is None else Run.open(run, device=device, dtype=dtype)
         _world(planted, _names(arms), _numbers(n), seed, json_)
         return
@@ -142,15 +152,35 @@ def compare(
         print(json.dumps(result))
         return
     print(report_view.shown(result, colour=sys.stdout.isatty()))
-    print(f"\nThe report is {folder / 'report.html'}; all figures are beside it.")
+    print(f"\nThe test split was looked at: {result['looks_at_test']}×.")
+    print(f"The report is {folder / 'report.html'}; all figures are beside it.")
 
 
 def _new(path: Path, given: dict[str, str | None]) -> None:
     from saesteer.compare import problem_new
 
     ask: Callable[[str], str] | None = input if sys.stdin.isatty() else None
-    problem_new.write(path, problem_new.new(problem_new.answered(given, ask)))
+    made = problem_new.new(problem_new.answered(given, ask))
+    for one in made.behaviours:
+        source = one.pairs or one.template
+        # As the problem will be read: beside it, or from here.
+        if source and not (path.parent / source).exists() and not Path(source).exists():
+            raise ConfigError(
+                f"--source {source}: there is no such file; name a file of pairs, a .toml of "
+                "templates, or concept:NAME of the planted language"
+            )
+    problem_new.write(path, made)
     print(f"{path} is written; look it over, then: saesteer compare RUN {path}")
+
+
+def _check_world(given: dict[str, object]) -> None:
+    """Refuse what the planted language's scores don't take: ConfigError."""
+    told = [what for what, value in given.items() if value is not None]
+    if told:
+        raise ConfigError(
+            f"--world takes no {', '.join(told)}: its problem is the planted language, and it "
+            "writes no folder; leave out --world to compare on a problem"
+        )
 
 
 def _demo(seed: int) -> Run:

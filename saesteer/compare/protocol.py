@@ -1,7 +1,7 @@
 """The protocol of a comparison for one behaviour: choose on validation, then test once.
 
-All choices of all arms are made and kept before the first evaluation on a test item: see
-`compare_behaviour`. METHODS, section 3.
+`choose_all` makes and keeps the choices of all arms, and looks at no test item; `test_all` is for
+afterwards. Of several behaviours all choose before any is tested. METHODS, section 3.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from typing import Any
 from saesteer.compare import contenders, summaries
 from saesteer.compare.contenders import Contender
 from saesteer.compare.problem import DELTAS
-from saesteer.compare.tested import Tested
-from saesteer.compare.trial import Made, Trial
+from saesteer.compare.tested import Key, Tested
+from saesteer.compare.trial import Made, Trial, is_missing
 from saesteer.compare.tuned import Tuned, tune
 from saesteer.core.progress import progress
 from saesteer.errors import PairsError, SaesteerError
@@ -21,6 +21,19 @@ SLOPE_STRENGTHS = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
 """Of Tan et al. 2024, arXiv 2407.12404: once as they are, once in units of α_max."""
 OTHER_DRAWS = 3
 """Draws on what is out of distribution, and of slopes on the curve."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What every arm chose.
+
+    Attributes:
+        tuned: by (arm, n, noise).
+        not_run: {"what", "why"} of arms, and of parts of arms, that can't be tested.
+    """
+
+    tuned: dict[Key, Tuned]
+    not_run: list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -37,11 +50,11 @@ class Compared:
     report: dict[str, Any]
     rows: list[dict[str, Any]]
     not_run: list[dict[str, str]]
-    tuned: dict[tuple[str, int, float], Tuned]
+    tuned: dict[Key, Tuned]
 
 
-def compare_behaviour(trial: Trial) -> Compared:
-    """Run every arm that applies on a behaviour, as the problem says.
+def choose_all(trial: Trial) -> Choices:
+    """Tune every arm that applies on a behaviour, as the problem says, on validation items alone.
 
     An arm that can't take part, or fails, is told with the reason and doesn't end the comparison.
 
@@ -62,7 +75,7 @@ def compare_behaviour(trial: Trial) -> Compared:
         else:
             taking_part.append(found)
     trial.base("validation")
-    tuned: dict[tuple[str, int, float], Tuned] = {}
+    tuned: dict[Key, Tuned] = {}
     for contender in taking_part:
         for made in _makings(trial, contender, not_run):
             title = _titled(made)
@@ -76,10 +89,30 @@ def compare_behaviour(trial: Trial) -> Compared:
                 if one.dropped:
                     why = f"{len(one.dropped)} of its settings can't be made: {one.dropped[0]}"
                     not_run.append({"what": f"{name}: settings of {title}", "why": why})
-    # Every choice is made: from here on the test items may be looked at.
-    tested = {key: test(trial, one) for key, one in tuned.items()}
+    return Choices(tuned, not_run)
+
+
+def test_all(trial: Trial, choices: Choices) -> Compared:
+    """Evaluate what every arm chose on the test items.
+
+    An arm that was chosen with a package that is missing now is told with the reason, like those
+    that couldn't be tuned.
+
+    Raises:
+        TextError, RunError: see `evaluate.Bench` and `store.Store`.
+    """
+    tested: dict[Key, Tested] = {}
+    not_run = list(choices.not_run)
+    for key, one in choices.tuned.items():
+        try:
+            tested[key] = test(trial, one)
+        except SaesteerError as error:
+            if not is_missing(error):
+                raise
+            what = f"{trial.behaviour.name}: {_titled(one.made)}"
+            not_run.append({"what": what, "why": str(error)})
     report, rows = summaries.summarised(trial, tested)
-    return Compared(report, rows, not_run, tuned)
+    return Compared(report, rows, not_run, {key: one.tuned for key, one in tested.items()})
 
 
 def test(trial: Trial, tuned: Tuned) -> Tested:

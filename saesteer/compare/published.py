@@ -34,6 +34,11 @@ def fill(writing: Writing, entry: dict[str, Any], one: Chosen | None) -> None:
         return
     trial = writing.trial
     preset = presets.preset(trial.problem.preset)
+    if preset.deployment == "ab" != trial.problem.deployment:
+        raise SteeringError(
+            f"{preset.name} is about A/B letters, and [deployment] format is "
+            f'{trial.problem.deployment!r}: take "ab"'
+        )
     figures: dict[str, Any]
     if preset.name == "caa":
         figures = _caa(trial, one)

@@ -5,6 +5,7 @@ from typing import Any
 
 from saesteer.compare import report_plots as plots
 from saesteer.compare.problem import Problem
+from saesteer.compare.report_limits import no_k_star
 from saesteer.compare.report_numbers import (
     UNIT,
     Result,
@@ -70,6 +71,8 @@ def n_curve(behaviour: Result, problem: Problem, *, level: int = 4) -> str:
     star = behaviour.get("n_star") or {}
     feature = named(behaviour, star["feature"]) if star else None
     own = at(feature["effect"], problem.delta_ce) if feature else None
+    tried = [one["n"] for one in behaviour["n_curve"] if one["arm"] == star.get("vector")]
+    sign = "≤" if tried and star["n"] == min(tried) else "="
     svg = plots.lines(
         drawn,
         x_label="contrast pairs, n",
@@ -78,7 +81,7 @@ def n_curve(behaviour: Result, problem: Problem, *, level: int = 4) -> str:
         x_log=True,
         x_ticks=sorted({one["n"] for one in curve}),
         levels=[0.0, *([own["value"]] if own and _valued(own) else [])],
-        marks=[(star["n"], f"n* = {star['n']}")] if star and star["n"] is not None else [],
+        marks=[(star["n"], f"n* {sign} {star['n']}")] if star and star["n"] is not None else [],
     )
     draws = sorted({one["draws"] for one in curve})
     told = f"{draws[0]}" if len(draws) == 1 else f"{draws[0]} to {draws[-1]}" if draws else ""
@@ -102,7 +105,7 @@ def k_curve(result: Result, problem: Problem, *, level: int = 4) -> str:
     drawn = [
         Line([Point(k, cost) for k, cost in _costs(curve, arm)], style) for arm, style in names
     ]
-    star = (ledger.get("k_star") or {}).get("K")
+    star = None if no_k_star(result) else (ledger.get("k_star") or {}).get("K")
     svg = plots.lines(
         drawn,
         x_label="concepts steered, K",

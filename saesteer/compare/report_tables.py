@@ -102,24 +102,42 @@ def comparisons(found: Sequence[Result]) -> str:
     """Differences between arms with their p-values."""
     if not found:
         return soft("No two arms were compared.")
-    heads = {"p": "p", "p_holm": "p, Holm", "p_bh": "p, B–H", "tost_p": "p, TOST"}
+    heads = {
+        "p": "p", "p_holm": "p, Holm", "p_bh": "p, B–H", "tost_p": "p, TOST",
+        "tost_p_holm": "TOST, Holm",
+    }  # fmt: skip
     ps = [key for key in heads if any(key in one for one in found)]
+    grouped = any(one.get("by_group") for one in found)
     rows = [
         [
             f"{one['a']} − {one['b']}",
             "primary" if one.get("primary") else "",
             one["verdict"],
             estimate(one["difference"]),
-            *(chance(one.get(key)).removeprefix("p ").removeprefix("= ").replace(
-                "p not measured", NONE) for key in ps),
+            *(_p(one.get(key)) for key in ps),
+            *(_over_groups(one.get("by_group")) if grouped else ()),
         ]
         for one in found
-    ]  # fmt: skip
+    ]
     told = f"{origins([one['difference'] for one in found])}."
     if "p_bh" in ps:
         told += " B–H: Benjamini and Hochberg's correction over the behaviours."
     head = ["difference", "family", "a is", UNIT, *(heads[key] for key in ps)]
+    if grouped:
+        head += ["over templates", "p, templates"]
+        over = [one["by_group"]["difference"] for one in found if one.get("by_group")]
+        told += f" Over templates: {origins(over)}."
     return table(head, rows, words=3) + soft(told)
+
+
+def _p(value: float | None) -> str:
+    """A p for a column that is headed p."""
+    return NONE if value is None else chance(value).removeprefix("p ").removeprefix("= ")
+
+
+def _over_groups(found: Result | None) -> tuple[str, str]:
+    """The difference with templates resampled, and its p."""
+    return (estimate(found["difference"]), _p(found["p"])) if found else (NONE, NONE)
 
 
 def slopes(behaviour: Result, problem: Problem) -> str:

@@ -7,19 +7,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from saesteer.compare.problem import FEWEST_HEADLINE, Problem
+from saesteer.compare.report_limits import idle, no_gain, no_k_star, of_one, told_over
 from saesteer.compare.report_numbers import (
     UNIT,
     Result,
     amount,
-    at,
     chance,
+    estimate,
     listed,
     measured,
     named,
     number,
     origins,
     plain,
-    title,
 )
 from saesteer.compare.statistics import CONCEPTS_FOR_CLAIM
 
@@ -35,8 +35,8 @@ def verdicts(behaviour: Result, problem: Problem) -> list[str]:
     """A sentence for each comparison of the primary family."""
     found = [one for one in behaviour["comparisons"] if one["primary"]]
     told = [
-        _neither(one, problem)
-        if _idle(one, behaviour, problem)
+        _neither(one, behaviour, problem)
+        if idle(one, behaviour, problem)
         else sentence(one, behaviour, problem.primary.margin)
         for one in found
     ]
@@ -58,18 +58,37 @@ def sentence(comparison: Result, behaviour: Result | None, margin: float) -> str
     p = comparison.get("p_holm")
     sure = chance(comparison["p"]) if p is None else f"{chance(p)} after Holm"
     value = f"{number(difference['value'])} {UNIT}"
+    told = f" {_over_groups(comparison)}".rstrip()
     if verdict in ("better", "worse"):
-        return f"{_upper(a)} beats {b} by {value} ({_interval(difference)}; {sure})."
+        return f"{_upper(a)} beats {b} by {value} ({_interval(difference)}; {sure}){told}."
     if verdict == "as good as":
+        tost = chance(comparison.get("tost_p"), "TOST p")
+        if comparison.get("tost_p_holm") is not None:
+            tost = f"{chance(comparison['tost_p_holm'], 'TOST p')} after Holm"
         return (
             f"{_upper(a)} is as good as {b}, within the margin of {number(margin)} set beforehand: "
             f"the difference is {value} ({_interval(difference)}; "
-            f"{chance(comparison.get('tost_p'), 'TOST p')})."
+            f"{tost}){told}."
         )
     return (
         f"Undecided between {a} and {b}: the difference is {value} ({_interval(difference)}; "
-        f"{sure}). They were neither told apart nor shown to be equal within {number(margin)}."
+        f"{sure}){told}. They were neither told apart nor shown to be equal within "
+        f"{number(margin)}."
     )
+
+
+def _over_groups(comparison: Result) -> str:
+    """What is left of a difference when templates are resampled, from the winner's side; or ""."""
+    found = comparison.get("by_group")
+    if not found:
+        return ""
+    verdict, difference = comparison["verdict"], found["difference"]
+    if verdict == "worse":
+        difference = _turned(difference)
+    over = f"over the {found['groups']} templates"
+    if verdict in ("better", "worse") and not told_over(found):
+        return f"for these wordings; {over} it isn't told: {estimate(difference)}"
+    return f"and {over}: {estimate(difference)}"
 
 
 def how_sure(behaviour: Result) -> str:
@@ -93,7 +112,7 @@ def tallies(result: Result, problem: Problem) -> list[str]:
     lines = []
     for a, b in problem.primary.pairs:
         found = [
-            _IDLE if _idle(one, behaviour, problem) else one["verdict"]
+            _IDLE if idle(one, behaviour, problem) else one["verdict"]
             for behaviour in result["behaviours"]
             for one in behaviour["comparisons"]
             if one["primary"] and (one["a"], one["b"]) == (a, b)
@@ -109,17 +128,21 @@ def n_star(behaviour: Result) -> str:
     found = behaviour.get("n_star")
     if not found:
         return ""
-    vector, feature, margin = found["vector"], found["feature"], number(found["margin"])
-    if found["n"] is not None:
-        return (
-            f"n* = {found['n']}: from so many pairs on, at every larger number tried too, {vector} "
-            f"is no worse than {feature} by more than {margin} {UNIT}."
-        )
+    vector, margin = found["vector"], number(found["margin"])
+    pairs = (named(behaviour, found["feature"]) or {}).get("n")
+    feature = f"{found['feature']} on {pairs} pairs" if pairs else found["feature"]
     tried = [one["n"] for one in behaviour["n_curve"] if one["arm"] == vector]
-    up_to = f" up to {max(tried)}" if tried else ""
+    if found["n"] is None:
+        up_to = f" up to {max(tried)}" if tried else ""
+        return (
+            f"n* was not reached: at no number of pairs{up_to} was {vector} shown to be no worse "
+            f"than {feature} by more than {margin} {UNIT}."
+        )
+    least = tried and found["n"] == min(tried)
+    star = f"n* is at most {found['n']}, the smallest tried" if least else f"n* = {found['n']}"
     return (
-        f"n* was not reached: at no number of pairs{up_to} was {vector} shown to be no worse than "
-        f"{feature} by more than {margin} {UNIT}."
+        f"{star}: from so many pairs on, at every larger number tried too, {vector} is no worse "
+        f"than {feature} by more than {margin} {UNIT}."
     )
 
 
@@ -130,6 +153,8 @@ def k_star(result: Result) -> str:
     if not found or not curve:
         return ""
     a, b = found["a"], found["b"]
+    if why := no_k_star(result):
+        return f"No K* can be told of {a} and {b}: {why}."
     few, many = (_cheaper(point["costs"], a, b) for point in (curve[0], curve[-1]))
     if found["K"] is not None:
         told = f"K* = {amount(found['K'])}: at so many concepts {a} and {b} cost the same each."
@@ -163,7 +188,7 @@ def limits(result: Result, problem: Problem) -> list[str]:
         )
     own: dict[str, list[str]] = {}
     for behaviour in behaviours:
-        for line in _of_one(behaviour, problem):
+        for line in of_one(behaviour, problem):
             own.setdefault(line, []).append(behaviour["name"])
     for line, names in own.items():
         everywhere = len(names) == len(behaviours)
@@ -183,84 +208,15 @@ def _across(result: Result) -> str:
     )
 
 
-def _of_one(behaviour: Result, problem: Problem) -> list[str]:
-    """Limits that one behaviour's arms bring along."""
-    delta, arms = problem.delta_ce, plain(behaviour)
-    active = [arm for arm in arms if arm["kind"] not in ("none", "control")]
-    lines = []
-    if any(one["primary"] and one["verdict"] == "undecided" for one in behaviour["comparisons"]):
-        lines.append("Undecided is not a finding of no difference: the interval says what is left.")
-    controls = [
-        arm["arm"]
-        for arm in arms
-        if arm["kind"] == "control" and _off_zero(at(arm["effect"], delta))
-    ]
-    if controls:
-        lines.append(
-            f"{listed(controls)} moved the margin as well; an effect of that size is no evidence."
-        )
-    none = [arm["arm"] for arm in active if arm["chosen"] and at(arm["chosen"], delta) is None]
-    if none:
-        lines.append(
-            f"No strength of {listed(none)} gained anything within ΔCE ≤ {delta:g} on validation; "
-            "that counts as no edit."
-        )
-    over = [
-        arm["arm"]
-        for arm in active
-        if measured(found := at(arm["delta_ce"], delta)) and found > delta
-    ]
-    if over:
-        lines.append(
-            f"{listed(over)} cost more than {delta:g} on the test text; the budget was kept on "
-            "validation."
-        )
-    short = [
-        arm["arm"] for arm in active if measured(arm["alpha_max"]) and not arm["alpha_max_reached"]
-    ]
-    if short:
-        lines.append(f"{listed(short)} never reached ΔCE = 0.5; the strengths end before it.")
-    looks = {
-        arm["validation_evaluations"]: title(arm, problem)
-        for arm in active
-        if arm["kind"] in ("features", "vector") and arm["chosen"]
-    }
-    if len(looks) > 1:
-        told = [f"{name} {count}" for count, name in sorted(looks.items())]
-        lines.append(f"Validation evaluations were not equal: {listed(told)}.")
-    if not any(measured_estimate(arm.get("ood")) for arm in active):
-        lines.append("Nothing was measured out of distribution.")
-    if not any(arm.get("generation") for arm in active):
-        lines.append("No generated text was scored: the effect is on the likelihood of answers.")
-    return lines
-
-
-def measured_estimate(value: Mapping[str, Any] | None) -> bool:
-    """Whether there is an estimate with a finite value."""
-    return value is not None and measured(value["value"])
-
-
-def _idle(comparison: Result, behaviour: Result, problem: Problem) -> bool:
-    """Whether validation chose no edit for either arm: then they are equal, and it says nothing."""
-    arms = [named(behaviour, comparison[key]) for key in ("a", "b")]
-    return all(
-        arm is not None and arm["chosen"] and at(arm["chosen"], problem.delta_ce) is None
-        for arm in arms
-    )
-
-
-def _neither(comparison: Result, problem: Problem) -> str:
+def _neither(comparison: Result, behaviour: Result, problem: Problem) -> str:
+    arms = [arm for key in ("a", "b") if (arm := named(behaviour, comparison[key]))]
+    why = list(dict.fromkeys(no_gain(["either"], arm, problem.delta_ce) for arm in arms))
+    if len(why) > 1:
+        why = [no_gain([arm["arm"]], arm, problem.delta_ce) for arm in arms]
     return (
-        f"Nothing was compared of {comparison['a']} and {comparison['b']}: no strength of either "
-        f"gained anything within ΔCE ≤ {problem.delta_ce:g} on validation, so both made no edit."
+        f"Nothing was compared of {comparison['a']} and {comparison['b']}: {listed(why)}, so "
+        "both made no edit."
     )
-
-
-def _off_zero(value: Mapping[str, Any] | None) -> bool:
-    """Whether an interval leaves out 0."""
-    if value is None or not (measured(value.get("low")) and measured(value.get("high"))):
-        return False
-    return bool(value["low"] > 0 or value["high"] < 0)
 
 
 def _cheaper(prices: Mapping[str, Any], a: str, b: str) -> str:

@@ -202,10 +202,17 @@ def _ood(trial: Trial, one: Tested) -> dict[str, Any] | None:
     return _estimate(trial, np.stack([margins_or(value, base) - base for value in one.ood]))
 
 
-def _mean_cost(values: Sequence[Value | None], name: str) -> float:
-    """The mean over draws; a draw without an edit costs nothing."""
-    costs = [0.0 if v is None or "failed" in v else float(v["cost"][name]) for v in values]
-    return float(np.mean(costs))
+def _mean_cost(values: Sequence[Value | None], name: str) -> float | None:
+    """The mean over the draws that gave numbers; None where none did.
+
+    No edit costs nothing. What a failed draw would have cost is not known: 0 would flatter the arm.
+    """
+    costs = [
+        0.0 if value is None else float(value["cost"][name])
+        for value in values
+        if value is None or "failed" not in value
+    ]
+    return float(np.mean(costs)) if costs else None
 
 
 def _slopes(sweep: Mapping[float, Value]) -> Floats | None:

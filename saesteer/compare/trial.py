@@ -33,6 +33,14 @@ _READS_PAIRS = ("refusal-projection", "ablate")
 _KEPT = 8  # arms made ready that are held at once
 
 
+def is_missing(error: SaesteerError) -> bool:
+    """Whether something isn't installed here that an arm needs: such errors are of no class below.
+
+    That says nothing of the arm, so that it is no result to keep.
+    """
+    return type(error) is SaesteerError
+
+
 @dataclass(frozen=True)
 class Made:
     """Which making of an arm: on how many pairs, of which draw, with how much label noise."""
@@ -121,7 +129,11 @@ class Trial:
         return noisy(material, made.noise) if made.noise else material
 
     def facts(self, made: Made, setting: Mapping[str, Any], budget: int = 1) -> dict[str, Any]:
-        """What came of making an arm: its setting, notes, tokens, FLOPs, seconds; or "failed"."""
+        """What came of making an arm: its setting, notes, tokens, FLOPs, seconds; or "failed".
+
+        Raises:
+            SaesteerError: what it needs isn't installed; nothing is kept.
+        """
         key = self._key(made, setting, kind="making")
 
         def make() -> dict[str, Any]:
@@ -131,6 +143,8 @@ class Trial:
                     prepared, setting_then = self._make(made, setting, budget)
                 contenders.check_tokens(self.problem, self._longer(prepared))
             except SaesteerError as error:
+                if is_missing(error):
+                    raise
                 return {"failed": str(error)}
             self._hold(made, setting_then, prepared)
             read, reading = self._reading(made)
@@ -167,7 +181,11 @@ class Trial:
         text: bool = True,
         budget: int = 1,
     ) -> dict[str, Any]:
-        """An `Evaluation` as JSON with its "seconds", or {"failed": why}."""
+        """An `Evaluation` as JSON with its "seconds", or {"failed": why}.
+
+        Raises:
+            SaesteerError: what the arm needs isn't installed; nothing is kept.
+        """
         key = self._key(made, setting, strength=strength, split=part, text=text)
         if not text and (
             other := self._key(made, setting, strength=strength, split=part, text=True)
@@ -185,6 +203,8 @@ class Trial:
                     text=clean if text else None,
                 ).to_dict()
             except SaesteerError as error:
+                if is_missing(error):
+                    raise
                 return {"failed": str(error)}
             return {**found, "seconds": time.perf_counter() - begin}
 

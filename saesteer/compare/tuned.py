@@ -9,7 +9,7 @@ import numpy as np
 from saesteer.compare import contenders, tuning
 from saesteer.compare.ledger import parameters_up_to
 from saesteer.compare.problem import DELTAS
-from saesteer.compare.trial import Made, Trial
+from saesteer.compare.trial import Made, Trial, is_missing
 from saesteer.compare.tuning import Ceiling, Tried
 from saesteer.errors import SaesteerError
 
@@ -139,8 +139,12 @@ def _ceiling(trial: Trial, made: Made, setting: dict[str, Any], inner: int) -> d
             trial.bench.validation_text.cost(prepared, trial.bench.edits(prepared, 2.0**-10))
             found = tuning.alpha_max(lambda strength: trial.delta_ce(prepared, strength))
         except SaesteerError as error:
+            if is_missing(error):
+                raise
             return {"failed": str(error)}
-        tokens = (found.tried + 1) * trial.bench.validation_text.n_tokens
+        # What the search may take is charged to every arm alike: how soon it ends is luck, and K*
+        # would be about that.
+        tokens = (tuning.MOST + 1) * trial.bench.validation_text.n_tokens
         return {"ceiling": found.to_dict(), "ceiling_tokens": tokens}
 
     return trial.ceiling(made, setting, make)

@@ -14,6 +14,10 @@ _SMALLEST = 2.0**-10
 _CLOSE = 0.05
 
 
+MOST = 24
+"""Strengths that the search for α_max measures at the most."""
+
+
 @dataclass(frozen=True)
 class Ceiling:
     """α_max: the strength that costs .5 nats of ΔCE on the validation text.
@@ -47,7 +51,7 @@ class Tried:
 
 
 def alpha_max(
-    delta_ce_at: Callable[[float], float], *, limit: float = BREAK, most: int = 24
+    delta_ce_at: Callable[[float], float], *, limit: float = BREAK, most: int = MOST
 ) -> Ceiling:
     """Double a strength of 1 until ΔCE is above the limit, or halve it until it isn't; bisect.
 
@@ -98,7 +102,9 @@ def shares(budget: int, settings: int) -> list[int]:
 
 
 def ladder(ceiling: float, steps: int) -> list[tuple[float, float]]:
-    """(u, u · α_max) for u = 1/steps … 1."""
+    """(u, u · α_max) for u = 1/steps … 1; of one step ½, for α_max itself costs too much."""
+    if steps == 1:
+        return [(0.5, 0.5 * ceiling)]
     return [(i / steps, i / steps * ceiling) for i in range(1, steps + 1)]
 
 

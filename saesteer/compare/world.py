@@ -7,6 +7,7 @@ an arm chooses (a layer or a feature, and a strength) it chooses on validation p
 with the same number of evaluations; test prompts are then scored with it for every draw of pairs.
 """
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -144,11 +145,12 @@ def measure(
         default=None,
     )
     rows = [_curve_row(scale, size, found, run.get(best or "")) for size, found in curve.items()]
-    no_worse = [row["n"] for row in rows if row["no_worse"]]
+    # From so many pairs on: one lucky n among worse ones is none.
+    no_worse = list(itertools.takewhile(lambda row: row["no_worse"], reversed(rows)))
     return {
         "arms": {"none": _nothing(scale), **{arm: _arm_row(scale, run[arm]) for arm in run}},
         "n_curve": rows,
-        "n_star": min(no_worse, default=None),
+        "n_star": no_worse[-1]["n"] if no_worse else None,
         "flags": {flag.failure: flag.flagged for flag in flags},
         "flag_statistics": [asdict(flag) for flag in flags],
         "controls": [asdict(flag) for flag in controls],
