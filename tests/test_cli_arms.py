@@ -113,7 +113,7 @@ def test_edits_are_kept_and_the_next_line_steers_with_them(vector, capsys, place
     (line,) = [line for line in out.splitlines() if line.startswith("next: saesteer ")]
     opened = Run.open(place / "run")
     edits = opened.load_edits(method)
-    assert type(edits[0]) is (Clamp if method == "sae-clamp" else Add)
+    assert type(edits[0]) is (Clamp if method in ("sae-clamp", "sae-auroc") else Add)
     assert (edits[0].when is not None) == (method == "gated")
     words = shlex.split(line.removeprefix("next: saesteer ").replace("…", PAIRS[0].prompt))
     assert main([*words, "--max-new-tokens", "4"]) == 0

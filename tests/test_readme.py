@@ -22,7 +22,7 @@ from saesteer import config
 from saesteer.cli.compare import compare
 from saesteer.cli.index import judge
 from saesteer.cli.main import main
-from saesteer.compare import failures, problem
+from saesteer.compare import failures, problem_file
 from saesteer.compare.arms import ARMS
 from saesteer.compare.presets import PRESETS
 from saesteer.core import model as models
@@ -233,7 +233,7 @@ def test_the_page_on_comparison(mine, capsys):
     run_all([["saesteer", "index", "runs/mine"]])
     (new, first), *others = (commands(block) for block in blocks("sh", COMPARISON))
     run_all([new])
-    assert problem.read("calm.toml").behaviours[0].words == ("calm", "quiet")
+    assert problem_file.read("calm.toml").behaviours[0].words == ("calm", "quiet")
     (toml,) = blocks("toml", COMPARISON)
     (mine / "calm.toml").write_text(_small_problem(f"arms = []\n{toml}"))
     run_all([first, *(line for block in others for line in block)])

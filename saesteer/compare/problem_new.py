@@ -78,7 +78,7 @@ def new(answers: Mapping[str, str]) -> Problem:
 
 
 def write(path: Path, problem: Problem) -> None:
-    """Write a problem as TOML that `problem.read` reads.
+    """Write a problem as TOML that `problem_file.read` reads.
 
     Raises:
         ConfigError: the file is there already.
